@@ -1,0 +1,50 @@
+# One virtual environment, made by whichever target comes first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+TORCH := torch==2.13.0
+SOURCES := server kernels adapters loadtest demo tests
+HAS_NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
+
+.PHONY: demo test check format soak train clean
+
+demo: $(VENV)/ready ## serve the embedded base with all its adapters, take the tour, keep serving
+	$(BIN)/heddle demo
+
+test: $(VENV)/ready ## the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/ready ## linter, formatter and types, as CI runs them
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+
+format: $(VENV)/ready ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+soak: $(VENV)/ready ## the long proofs; results as JSON in results/
+	mkdir -p results
+	$(BIN)/python -m pytest -m slow --junit-xml=results/soak.xml
+
+train: $(VENV)/ready ## make the embedded base and its adapters again (about half an hour)
+	$(BIN)/python -m heddle_demo.train
+
+# Without an NVIDIA driver the CPU build of torch is installed: from the configured indexes if they have it, else from
+# PyTorch's own index; where neither can be reached, the ordinary build works too, it is only larger.
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+ifeq ($(HAS_NVIDIA),)
+	$(PIP) install --quiet "$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install --quiet --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install --quiet "$(TORCH)"
+else
+	$(PIP) install --quiet "$(TORCH)"
+endif
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) results .pytest_cache .mypy_cache .ruff_cache

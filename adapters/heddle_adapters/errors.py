@@ -1,0 +1,71 @@
+"""Why an adapter cannot be taken or served.
+
+    AdapterError
+    ├── InvalidAdapter        the upload itself is wrong: file, config, shapes, values
+    │   └── AdapterIncompatible   it is sound, but not for this base
+    ├── InvalidAdapterName    the name breaks the naming rule or is reserved
+    ├── AdapterNotFound       no such adapter
+    ├── AdapterDamaged        the stored bytes no longer match their digest
+    └── StoreUnusable         the store's folder cannot be used by this process
+
+Every message names the field, says what was wrong and what to do. The server's error table maps
+each class to an HTTP status and an OpenAI error code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_LISTED = 20
+MAX_QUOTED_CHARS = 160
+
+
+class AdapterError(Exception):
+    """Base of all errors about adapters; `param` names the offending request field."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidAdapter(AdapterError):
+    """The uploaded files cannot be read as an adapter."""
+
+
+class AdapterIncompatible(InvalidAdapter):
+    """The adapter does not fit the base this server runs."""
+
+
+class InvalidAdapterName(AdapterError):
+    """The name is not allowed."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of that name."""
+
+    def __init__(self, message: str, *, nearest: tuple[str, ...] = (), param: str | None = "adapter") -> None:
+        super().__init__(message, param=param)
+        self.nearest = nearest
+
+
+class AdapterDamaged(AdapterError):
+    """Stored bytes do not match the digest they are stored under."""
+
+
+class StoreUnusable(AdapterError):
+    """The store's folder is in use by another server or was written by a newer version."""
+
+
+def quoted(text: object) -> str:
+    """Uploaded text as it may appear in a message: escaped, and cut to `MAX_QUOTED_CHARS` characters."""
+    shown = str(text)
+    cut = "..." if len(shown) > MAX_QUOTED_CHARS else ""
+    return repr(shown[:MAX_QUOTED_CHARS]) + cut
+
+
+def listed(lines: Sequence[str]) -> str:
+    """At most `MAX_LISTED` lines joined for a message, with a count of those left out."""
+    shown = "; ".join(lines[:MAX_LISTED])
+    left_out = len(lines) - MAX_LISTED
+    return f"{shown}; and {left_out} more" if left_out > 0 else shown

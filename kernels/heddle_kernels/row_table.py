@@ -1,0 +1,76 @@
+"""Where every adapter's rows and vectors lie in the pool: one line per (slot, site)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ABSENT = -1  # in a vector column: this adapter has no such vector at this site
+
+
+class RowTable:
+    """Offsets into the pool's typed views, in elements of that view.
+
+    A site's rows are `count[slot, site]` entries of the heap from `first[slot, site]` on; entry i is the rank-one
+    update (a_offset[i], b_offset[i], gain[i], c[i], activation[i]). Rows of several adapters may be listed one after
+    another without copying them, which is how a mix is made.
+
+    The host tensors are what the table is changed in; `publish` brings one slot's line to the device. On a CPU device
+    both are the same memory.
+    """
+
+    first: Tensor  # [num_slots, num_sites] int32
+    count: Tensor  # [num_slots, num_sites] int32
+    in_scale: Tensor  # [num_slots, num_sites] int64, offset of in_features floats or ABSENT
+    out_scale: Tensor  # [num_slots, num_sites] int64, offset of out_features floats or ABSENT
+    bias: Tensor  # [num_slots, num_sites] int64, offset of out_features floats or ABSENT
+    a_offset: Tensor  # [heap_capacity] int64
+    b_offset: Tensor  # [heap_capacity] int64
+    gain: Tensor  # [heap_capacity] float32
+    c: Tensor  # [heap_capacity] float32
+    activation: Tensor  # [heap_capacity] int8
+
+    def __init__(self, num_slots: int, num_sites: int, heap_capacity: int) -> None:
+        self.first = torch.zeros(num_slots, num_sites, dtype=torch.int32)
+        self.count = torch.zeros(num_slots, num_sites, dtype=torch.int32)
+        self.in_scale = torch.full((num_slots, num_sites), ABSENT, dtype=torch.int64)
+        self.out_scale = self.in_scale.clone()
+        self.bias = self.in_scale.clone()
+        self.a_offset = torch.zeros(heap_capacity, dtype=torch.int64)
+        self.b_offset = torch.zeros(heap_capacity, dtype=torch.int64)
+        self.gain = torch.zeros(heap_capacity, dtype=torch.float32)
+        self.c = torch.zeros(heap_capacity, dtype=torch.float32)
+        self.activation = torch.zeros(heap_capacity, dtype=torch.int8)
+
+    @property
+    def num_slots(self) -> int:
+        return self.first.shape[0]
+
+    @property
+    def num_sites(self) -> int:
+        return self.first.shape[1]
+
+    @property
+    def heap_capacity(self) -> int:
+        return self.gain.shape[0]
+
+    def grow(self, num_slots: int, heap_capacity: int) -> None:
+        """Make room, keeping every line where it is."""
+        larger = RowTable(num_slots, self.num_sites, heap_capacity)
+        for name, tensor in vars(self).items():
+            target = getattr(larger, name)
+            target[: tensor.shape[0]] = tensor
+            setattr(self, name, target)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot's line: no rows, no vectors."""
+        self.first[slot] = 0
+        self.count[slot] = 0
+        for column in (self.in_scale, self.out_scale, self.bias):
+            column[slot] = ABSENT
+
+    def sites_of(self, slot: int) -> frozenset[int]:
+        """The sites at which this slot changes anything."""
+        line = (self.count[slot] > 0) | (self.in_scale[slot] >= 0)
+        line |= (self.out_scale[slot] >= 0) | (self.bias[slot] >= 0)
+        return frozenset(line.nonzero().flatten().tolist())

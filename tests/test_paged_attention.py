@@ -1,0 +1,89 @@
+"""Attention over pages against dense attention: windows, soft caps, sinks, grouped heads, chunks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from heddle_kernels import reference
+from heddle_kernels.paged_batch import PagedBatch
+from tolerances import OPERATION
+
+PAGE_TOKENS, HEAD_DIM, NUM_PAGES = 4, 8, 40
+SCALING = 0.3
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """One sequence, all tokens at once, float64: query [length, heads, dim] -> the same."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (states.double().repeat_interleave(group, dim=1).transpose(0, 1) for states in (key, value))
+    scores = query.double().transpose(0, 1) @ key.transpose(1, 2) * SCALING
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(len(query))
+    age = position[:, None] - position[None, :]
+    hidden = (age < 0) | (age >= (window or math.inf))
+    weights = scores.masked_fill(hidden, -math.inf).exp()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.double().exp().view(-1, 1, 1)
+    return (weights / total @ value).transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", OPERATION, ids=str)
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_matches_dense_attention(
+    window: int | None, softcap: float | None, with_sinks: bool, num_kv_heads: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    num_heads, lengths = 4, [3, 13, 9, 22]
+    sinks = torch.randn(num_heads) if with_sinks else None
+    kv = torch.full((NUM_PAGES, 2, PAGE_TOKENS, num_kv_heads, HEAD_DIM), torch.nan, dtype=dtype)
+    order = torch.randperm(NUM_PAGES)
+    pages, taken = [], 0
+    for length in lengths:
+        num_pages = -(-length // PAGE_TOKENS)
+        pages.append(order[taken : taken + num_pages])
+        taken += num_pages
+    query = [torch.randn(length, num_heads, HEAD_DIM, dtype=dtype) for length in lengths]
+    key = [torch.randn(length, num_kv_heads, HEAD_DIM, dtype=dtype) for length in lengths]
+    value = [torch.randn(length, num_kv_heads, HEAD_DIM, dtype=dtype) for length in lengths]
+    out = [torch.empty_like(states) for states in query]
+    begins = [0, 0, 0, 0]
+    for ends in [[1, 7, 3, 20], [2, 12, 8, 21], lengths]:  # several chunks, some of one token
+        chunks = list(zip(begins, ends, strict=True))
+        begins = ends
+        batch = paged_batch(chunks, pages)
+        flat = [torch.cat([s[b:e] for s, (b, e) in zip(states, chunks, strict=True)]) for states in (query, key, value)]
+        reference.write_kv(flat[1], flat[2], kv, batch)
+        attended = reference.paged_attention(flat[0], kv, batch, SCALING, window, softcap, sinks)
+        for number, (begin, end) in enumerate(chunks):
+            first = batch.query_start[number]
+            out[number][begin:end] = attended[first : first + end - begin]
+    for number, length in enumerate(lengths):
+        expected = dense(query[number], key[number], value[number], window, softcap, sinks)
+        error = (out[number].double() - expected).abs().max() / expected.abs().max()
+        assert error <= OPERATION[dtype], f"sequence of {length}: relative error {error:.1e}"
+
+
+def paged_batch(chunks: list[tuple[int, int]], pages: list[Tensor]) -> PagedBatch:
+    starts, write_page, write_offset = [0], list[int](), list[int]()
+    for (begin, end), held in zip(chunks, pages, strict=True):
+        starts.append(starts[-1] + end - begin)
+        write_page += [int(held[position // PAGE_TOKENS]) for position in range(begin, end)]
+        write_offset += [position % PAGE_TOKENS for position in range(begin, end)]
+    return PagedBatch(
+        query_start=tuple(starts),
+        length=tuple(end for _, end in chunks),
+        pages=tuple(held[: -(-end // PAGE_TOKENS)] for (_, end), held in zip(chunks, pages, strict=True)),
+        write_page=torch.tensor(write_page, dtype=torch.int64),
+        write_offset=torch.tensor(write_offset, dtype=torch.int64),
+    )
