@@ -1,0 +1,1 @@
+"""The server: HTTP API, engine process, scheduler, KV cache, model loading, sampling."""

@@ -1,0 +1,1 @@
+"""The API process: HTTP, text, the adapter store. Never imports torch."""

@@ -1,0 +1,76 @@
+"""The HTTP application: routes, middleware, and every error in one envelope."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from heddle_adapters.errors import AdapterError
+from heddle_server.api import adapter_routes, chat_routes, health_routes, model_routes, page_routes
+from heddle_server.api.body_limit import BodyLimit
+from heddle_server.api.errors import ApiError, error_response, http_error_response, kind_of
+from heddle_server.api.request_id import RequestId
+from heddle_server.api.service import Service, service_of
+from heddle_server.api.validation import invalid_body
+from heddle_server.version import heddle_version
+
+
+def create_app(service: Service) -> FastAPI:
+    """The app that serves `service`, which runs as long as the app does."""
+    app = FastAPI(
+        title="heddle",
+        version=heddle_version(),
+        lifespan=_lifespan,
+        middleware=[
+            Middleware(RequestId),
+            Middleware(BodyLimit, max_bytes=service.config.max_body_bytes, streamed_paths={adapter_routes.UPLOAD_PATH}),
+        ],
+        exception_handlers={
+            ApiError: _typed_error,
+            AdapterError: _typed_error,
+            RequestValidationError: _invalid_body,
+            HTTPException: _framework_error,
+            ClientDisconnect: _client_gone,
+            Exception: _typed_error,
+        },
+    )
+    app.state.service = service
+    for routes in (chat_routes, model_routes, adapter_routes, health_routes, page_routes):
+        app.include_router(routes.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async with app.state.service:
+        yield
+
+
+async def _typed_error(request: Request, error: Exception) -> Response:
+    service_of(request).metrics.count_error(kind_of(error).code)
+    return error_response(error)
+
+
+async def _invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return await _typed_error(request, invalid_body(error.errors()))
+
+
+async def _framework_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return http_error_response(404, f"There is no {request.method} {request.url.path[:200]} here.")
+    if error.status_code == 405:
+        return http_error_response(405, f"{request.method} is not allowed on {request.url.path[:200]}.", error.headers)
+    return http_error_response(error.status_code, f"{error.detail}.", error.headers)
+
+
+async def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody is left to read it

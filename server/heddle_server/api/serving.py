@@ -1,0 +1,146 @@
+"""Runs one server in this process until it is told to stop: its socket, its app, its words on the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+
+import typer
+import uvicorn
+
+from heddle_adapters.errors import StoreUnusable
+from heddle_server.api.app import create_app
+from heddle_server.api.engine_client import ENGINE_COMMAND
+from heddle_server.api.service import Service
+from heddle_server.config import ConfigError, ServerConfig
+from heddle_server.messages import ModelCard, StartupProgress
+
+SHUTDOWN_SECONDS = 10  # for requests in flight when the server is told to stop
+
+log = logging.getLogger(__name__)
+
+Companion = Callable[[str], Awaitable[int | None]]
+
+
+def serve(
+    config: ServerConfig, *, companion: Companion | None = None, engine_command: Sequence[str] = ENGINE_COMMAND
+) -> None:
+    """Serves until a signal, the companion or a lost engine ends it; raises `ConfigError` before anything is started.
+
+    The companion runs beside the server, with its address, from when it is first ready; a number that it returns ends
+    the server with that exit status.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a malformed upload is told to its sender
+    with _listen(config.host, config.port) as listener:
+        run = _Run(config, listener, companion, engine_command)
+        # uvicorn raises a signal again when it is done: leave in order then, so that temporary files go.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(run.exit_status))
+        typer.echo(f"heddle: loading {config.engine.model_name} ...")
+        with suppress(KeyboardInterrupt):
+            run.server.run(sockets=[listener])
+    if run.exit_status:
+        raise typer.Exit(run.exit_status)
+
+
+class _Run:
+    """The server and what ends it."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        listener: socket.socket,
+        companion: Companion | None,
+        engine_command: Sequence[str],
+    ) -> None:
+        self.exit_status = 0
+        self._config = config
+        self._address = _address(listener)
+        self._companion = companion
+        self._companion_task: asyncio.Task[None] | None = None
+        try:
+            service = Service(
+                config,
+                engine_command=engine_command,
+                on_progress=_say_phase,
+                on_ready=self._ready,
+                on_failed=self._failed,
+            )
+        except StoreUnusable as error:
+            raise ConfigError(error.message) from error
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
+            )
+        )
+
+    def _ready(self, model: ModelCard) -> None:
+        _say_ready(self._config, model, self._address)
+        if self._companion is not None and self._companion_task is None:
+            self._companion_task = asyncio.get_running_loop().create_task(self._accompany(self._companion))
+
+    def _failed(self, reason: str) -> None:
+        typer.secho(f"heddle: {reason}", fg="red", err=True)
+        self._end(1)
+
+    async def _accompany(self, companion: Companion) -> None:
+        try:
+            exit_status = await companion(self._address)
+        except Exception:
+            log.exception("What ran beside the server failed.")
+            exit_status = 1
+        if exit_status is not None:
+            self._end(exit_status)
+
+    def _end(self, exit_status: int) -> None:
+        self.exit_status = exit_status
+        self.server.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before the model loads, so that a taken port is known in a moment."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = f"port {port} is in use" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
+        typer.secho(f"heddle: cannot listen on {host}:{port}: {reason}. See --host and --port.", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+def _address(listener: socket.socket) -> str:
+    """The base URL for a client on this machine."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def _say_phase(progress: StartupProgress) -> None:
+    typer.echo(f"  {progress.phase:<12} {progress.seconds:6.1f} s  {progress.detail}".rstrip())
+
+
+def _say_ready(config: ServerConfig, model: ModelCard, address: str) -> None:
+    rest = model.weights_bytes - model.weights_4bit_bytes
+    typer.echo(
+        f"memory: base {_size(model.weights_bytes)} ({_size(model.weights_4bit_bytes)} in 4 bit, {_size(rest)} in "
+        f"{model.dtype}), pool {_size(model.pool_bytes)} for KV cache and adapters: {model.num_pages} pages of "
+        f"{_size(model.page_bytes)}, room for {model.num_pages * model.page_tokens} tokens, on {model.device}"
+    )
+    typer.echo(f"heddle is ready at {address}")
+    typer.echo(
+        f"try: curl {address}/v1/chat/completions -H 'Content-Type: application/json' "
+        """-d '{"model": "base", "messages": [{"role": "user", "content": "Hello"}]}'"""
+    )
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"

@@ -1,0 +1,184 @@
+"""Reads an adapter upload: a multipart body of three named parts, the weights streamed to a file.
+
+Nothing the client names becomes a path, and no part is held in memory beyond its small limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from email.message import Message
+from pathlib import Path
+from typing import BinaryIO
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser
+from starlette.requests import Request
+
+from heddle_adapters.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from heddle_adapters.tensor_file import WEIGHTS_FILE
+from heddle_server.api.body_limit import MAX_DISCARDED_BYTES
+from heddle_server.api.errors import BodyTooLarge, InvalidRequest, UnknownParameter
+
+NAME_PART = "name"
+_SMALL_PARTS = {NAME_PART: 1024, CONFIG_FILE: MAX_CONFIG_BYTES}
+_MAX_HEADER_BYTES = 16 * 1024
+_WRITE_BYTES = 1 << 20  # one trip to the worker thread per MiB
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The parts of one upload."""
+
+    name: str
+    config: bytes
+    weights_path: Path
+
+
+async def read_upload(request: Request, max_bytes: int, folder: Path) -> Upload:
+    """The upload in `request`, its weights in a file in `folder`; raises `InvalidRequest`."""
+    chunks = request.stream()
+    try:
+        return await _read(request, chunks, max_bytes, folder / WEIGHTS_FILE)
+    except InvalidRequest:
+        await _discard(chunks)
+        raise
+
+
+async def _read(request: Request, chunks: AsyncGenerator[bytes, None], max_bytes: int, weights_path: Path) -> Upload:
+    if int(request.headers.get("content-length", "0")) > max_bytes:
+        raise _too_large(max_bytes)
+    parts = _Parts()
+    parser = _parser(request, parts)
+    num_bytes = 0
+    with weights_path.open("xb") as file:
+        async for chunk in chunks:
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
+                raise _too_large(max_bytes)
+            _feed(parser, chunk)
+            if len(parts.weights) >= _WRITE_BYTES:
+                await _write(file, parts)
+        await _write(file, parts)
+    return parts.finished(weights_path)
+
+
+async def _discard(chunks: AsyncGenerator[bytes, None]) -> None:
+    num_bytes = 0
+    async for chunk in chunks:
+        num_bytes += len(chunk)
+        if num_bytes > MAX_DISCARDED_BYTES:
+            return
+
+
+@dataclass
+class _Parts:
+    """What the parser has seen so far."""
+
+    values: dict[str, bytearray] = field(default_factory=dict)
+    weights: bytearray = field(default_factory=bytearray)  # received and not yet written
+    current: str | None = None
+    header_name: bytearray = field(default_factory=bytearray)
+    header_value: bytearray = field(default_factory=bytearray)
+    is_complete: bool = False
+
+    def begin(self) -> None:
+        self.current = None
+
+    def end_header(self) -> None:
+        if bytes(self.header_name).lower() == b"content-disposition":
+            self._name_part(bytes(self.header_value).decode("utf-8", "replace"))
+        self.header_name.clear()
+        self.header_value.clear()
+
+    def end_headers(self) -> None:
+        if self.current is None:
+            raise InvalidRequest("A part of the upload has no name.")
+
+    def add(self, data: bytes) -> None:
+        assert self.current is not None
+        if self.current == WEIGHTS_FILE:
+            self.weights += data
+            return
+        value = self.values[self.current]
+        value += data
+        if len(value) > _SMALL_PARTS[self.current]:
+            limit = _SMALL_PARTS[self.current]
+            raise BodyTooLarge(f"The part {self.current!r} is over its limit of {limit} bytes.", param=self.current)
+
+    def end(self) -> None:
+        self.is_complete = True
+
+    def finished(self, weights_path: Path) -> Upload:
+        if not self.is_complete:
+            raise InvalidRequest("The upload ends in the middle: its last boundary is missing.")
+        missing = next((name for name in (NAME_PART, CONFIG_FILE, WEIGHTS_FILE) if name not in self.values), None)
+        if missing:
+            raise InvalidRequest(f"The upload has no part named {missing!r}.", param=missing)
+        name = bytes(self.values[NAME_PART]).decode("utf-8", "replace")
+        return Upload(name, bytes(self.values[CONFIG_FILE]), weights_path)
+
+    def _name_part(self, disposition: str) -> None:
+        header = Message()
+        header["content-disposition"] = disposition
+        name = str(header.get_param("name", "", "content-disposition"))
+        if name not in (NAME_PART, CONFIG_FILE, WEIGHTS_FILE):
+            wanted = f"{NAME_PART!r}, {CONFIG_FILE!r} and {WEIGHTS_FILE!r}"
+            raise UnknownParameter(f"Unknown part {name[:64]!r}. An upload has the parts {wanted}.", param=name[:64])
+        if name in self.values:
+            raise InvalidRequest(f"The part {name!r} is there twice.", param=name)
+        self.values[name] = bytearray()
+        self.current = name
+
+
+def _parser(request: Request, parts: _Parts) -> MultipartParser:
+    header = Message()
+    header["content-type"] = request.headers.get("content-type", "")
+    boundary = header.get_param("boundary")
+    if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
+        raise InvalidRequest(
+            f"An adapter is uploaded as multipart/form-data: curl -F {NAME_PART}=NAME "
+            f"-F {CONFIG_FILE}=@{CONFIG_FILE} -F {WEIGHTS_FILE}=@{WEIGHTS_FILE}"
+        )
+    try:
+        return MultipartParser(
+            boundary.encode("latin-1", "replace"),
+            {
+                "on_part_begin": parts.begin,
+                "on_header_field": lambda data, start, end: _extend(parts.header_name, data[start:end]),
+                "on_header_value": lambda data, start, end: _extend(parts.header_value, data[start:end]),
+                "on_header_end": parts.end_header,
+                "on_headers_finished": parts.end_headers,
+                "on_part_data": lambda data, start, end: parts.add(data[start:end]),
+                "on_end": parts.end,
+            },
+        )
+    except FormParserError as error:
+        raise _malformed(error) from error
+
+
+def _extend(header: bytearray, data: bytes) -> None:
+    header += data
+    if len(header) > _MAX_HEADER_BYTES:
+        raise InvalidRequest("A part of the upload has headers that are too long.")
+
+
+def _feed(parser: MultipartParser, chunk: bytes) -> None:
+    try:
+        parser.write(chunk)
+    except FormParserError as error:
+        raise _malformed(error) from error
+
+
+def _malformed(error: FormParserError) -> InvalidRequest:
+    return InvalidRequest(f"The upload is not valid multipart/form-data: {error}.")
+
+
+async def _write(file: BinaryIO, parts: _Parts) -> None:
+    waiting, parts.weights = parts.weights, bytearray()
+    await asyncio.to_thread(file.write, waiting)
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The upload is over this server's limit of {max_bytes} bytes.")

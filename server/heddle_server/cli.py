@@ -1,0 +1,62 @@
+"""`heddle`: the command line. Imports the server only when a command needs it, so that --help is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from heddle_server.options import ServeOptions, with_serve_options
+from heddle_server.version import heddle_version
+
+app = typer.Typer(
+    name="heddle",
+    help="One 4-bit base model, a different adapter for every request of a batch.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"heddle {heddle_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command("serve")
+@with_serve_options
+def serve_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or hub id of a transformers causal LM.")],
+    options: ServeOptions,
+) -> None:
+    """Serve MODEL and its adapters over an OpenAI-compatible API."""
+    from heddle_server.api.serving import serve
+
+    serve(options.config(model))
+
+
+@app.command("demo")
+@with_serve_options
+def demo_command(
+    options: ServeOptions,
+    tour: Annotated[bool, typer.Option("--tour", help="End after the tour; status 1 if an answer was wrong.")] = False,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the server's page.")] = True,
+) -> None:
+    """Serve the embedded base with all its adapters, show what that is like, and keep serving."""
+    from heddle_demo.demo import run_demo
+
+    run_demo(options, tour_only=tour, open_browser=browser)
+
+
+def main() -> None:
+    """The entry point of the `heddle` command."""
+    app()

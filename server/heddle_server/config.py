@@ -1,0 +1,75 @@
+"""The settings of one server: frozen, documented, validated where they are built.
+
+`EngineConfig` travels to the engine process; `ServerConfig` stays with the API process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import msgspec
+
+Quantization = Literal["nf4", "none"]
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+DeviceName = Literal["auto", "cuda", "cpu"]
+
+PAGE_TOKENS = 16  # tokens of KV in one page; DESIGN's page size, not a setting
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be served; names the setting, its value and what is allowed."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine process needs to load a base and run it."""
+
+    model_path: str  # local directory of a transformers causal LM
+    model_name: str  # the name the base answers to, beside "base"
+    store_path: str  # where adapter content lies, by digest
+    quantization: Quantization = "nf4"  # ignored for a checkpoint that is already quantised
+    double_quantization: bool = True  # quantise the block scales too (bitsandbytes' nested statistics)
+    dtype: DtypeName = "auto"  # auto = the checkpoint's own
+    device: DeviceName = "auto"  # auto = cuda where there is one
+    pool_bytes: int | None = None  # KV pages and adapter rows together; None = from memory_fraction
+    memory_fraction: float | None = None  # share of the memory free after loading; None = 0.85 on cuda, 0.25 on cpu
+    max_model_len: int | None = None  # prompt and answer together; None = the model's own limit
+    max_batch_tokens: int = 2048  # tokens computed in one step, decodes and prefill chunks together
+    max_batch_requests: int = 256  # requests running at once
+    num_threads: int | None = None  # of the CPU per operation; None = 1 for a small base, else every core
+
+    def __post_init__(self) -> None:
+        _one_of("quantization", self.quantization, get_args(Quantization))
+        _one_of("dtype", self.dtype, get_args(DtypeName))
+        _one_of("device", self.device, get_args(DeviceName))
+        _at_least("pool-bytes", self.pool_bytes, 1)
+        _at_least("max-model-len", self.max_model_len, 2)
+        _at_least("max-batch-tokens", self.max_batch_tokens, 1)
+        _at_least("max-batch-requests", self.max_batch_requests, 1)
+        _at_least("threads", self.num_threads, 1)
+        if self.pool_bytes is not None and self.memory_fraction is not None:
+            raise ConfigError("--pool-bytes and --memory-fraction both size the page pool: give one of them.")
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"--memory-fraction is {self.memory_fraction}; it must lie in (0, 1].")
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API process needs."""
+
+    engine: EngineConfig
+    store_path: Path  # adapters: SQLite index and content
+    host: str = "127.0.0.1"  # loopback unless told otherwise
+    port: int = 8000
+    max_upload_bytes: int = 1 << 30  # one adapter upload, both files
+    max_body_bytes: int = 1 << 20  # any other request body
+    max_engine_restarts: int = 3  # failed restarts in a row before the server gives up
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"--{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+
+
+def _at_least(name: str, value: int | None, minimum: int) -> None:
+    if value is not None and value < minimum:
+        raise ConfigError(f"--{name} is {value}; it must be at least {minimum}.")

@@ -1,0 +1,1 @@
+"""The engine process: the base, the page pool, the scheduler. Knows token ids, not text."""

@@ -1,0 +1,225 @@
+"""The engine: requests in, tokens out, one step at a time. Usable in-process for tests and offline work.
+
+It knows nothing of text, HTTP or sockets: token ids go in, token ids come out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from heddle_adapters.base_layout import BaseLayout
+from heddle_adapters.content_folder import open_content
+from heddle_adapters.device_rows import DeviceRows, PackedAdapter, Packer
+from heddle_adapters.errors import AdapterDamaged, AdapterError
+from heddle_adapters.page_pool import PagePool
+from heddle_adapters.residency import AdapterTooLarge, Residency
+from heddle_kernels.dispatch import select_kernels
+from heddle_server.config import PAGE_TOKENS, ConfigError, EngineConfig
+from heddle_server.engine.kv_cache import KvCache
+from heddle_server.engine.model_loader import LoadedModel, load_model
+from heddle_server.engine.model_runner import ModelRunner
+from heddle_server.engine.resources import default_threads, pool_bytes
+from heddle_server.engine.sampler import Sampled
+from heddle_server.engine.scheduler import PoolTooSmall, Scheduler
+from heddle_server.engine.sequence import Sequence
+from heddle_server.engine.weave import ForwardContext, base_bias, weave
+from heddle_server.messages import EngineStats, FinishReason, ModelCard, TokenOutput
+from heddle_server.request import Request
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float, str], None]  # (phase, seconds, detail)
+
+ERROR_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (AdapterDamaged, "adapter_damaged"),
+    (AdapterTooLarge, "adapter_capacity"),
+    (PoolTooSmall, "adapter_capacity"),
+    (AdapterError, "adapter_load_failed"),
+    (Exception, "internal_error"),
+)
+
+
+class Engine:
+    """One base, one page pool, one scheduler. All methods are called from one thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: Progress = lambda phase, seconds, detail: None,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Loads the base. `on_loaded` is called in the loader thread whenever an adapter has been read.
+
+        Raises ConfigError when the base cannot be served with these settings.
+        """
+        with _phase("weights", on_progress):
+            loaded = load_model(config)
+            context = ForwardContext()
+            sites = weave(loaded.model, context)
+        torch.set_num_threads(config.num_threads or default_threads(loaded.weights_bytes))
+        layout = BaseLayout(config.model_name, loaded.fingerprint, loaded.quantization, sites)
+        with _phase("page pool", on_progress):
+            page_bytes = loaded.kv_shape.page_bytes(PAGE_TOKENS, loaded.dtype)
+            num_pages = pool_bytes(config, loaded.device) // page_bytes
+            max_model_len = _max_model_len(config, loaded, num_pages)
+            memory = torch.zeros(num_pages * page_bytes, dtype=torch.uint8, device=loaded.device)
+            pool = PagePool(num_pages, page_bytes)
+            rows = DeviceRows(memory, pool, loaded.dtype, len(sites))
+        kernels = select_kernels(loaded.device.type)
+        logger.info("kernels: %s (%s)", kernels.name, kernels.reason)
+        self._runner = ModelRunner(loaded, context, rows, memory, num_pages, PAGE_TOKENS, kernels)
+
+        def load_adapter(digest: str) -> PackedAdapter:
+            checkpoint = open_content(Path(config.store_path), digest, layout)
+            packer = Packer(page_bytes, loaded.dtype)
+            return packer.pack(checkpoint.compile(), layout.index(), lambda path: base_bias(loaded.model, path))
+
+        self._pool = pool
+        self._kv_cache = KvCache(pool, PAGE_TOKENS)
+        self._residency = Residency(load_adapter, rows, pool, on_loaded)
+        self._scheduler = Scheduler(self._kv_cache, self._residency, config.max_batch_tokens, config.max_batch_requests)
+        self._sequences: dict[int, Sequence] = {}
+        self.num_steps = 0
+        self.model = ModelCard(
+            layout=layout,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=loaded.device.type,
+            vocabulary_size=loaded.model.config.get_text_config().vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=loaded.eos_token_ids,
+            weights_bytes=loaded.weights_bytes,
+            weights_4bit_bytes=loaded.weights_4bit_bytes,
+            pool_bytes=num_pages * page_bytes,
+            page_bytes=page_bytes,
+            page_tokens=PAGE_TOKENS,
+            num_pages=num_pages,
+        )
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. The API process has checked lengths and ranges."""
+        assert request.request_id not in self._sequences, f"request {request.request_id} is already here"
+        assert 0 < len(request.prompt_token_ids) < self.model.max_model_len, "prompt length out of range"
+        sequence = Sequence.of(request)
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: int) -> None:
+        """Forget a request and free what it holds; unknown ids have ended already."""
+        if (sequence := self._sequences.pop(request_id, None)) is not None:
+            self._scheduler.finish(sequence)
+
+    def forget_adapter(self, digest: str) -> None:
+        """No request will name this adapter again."""
+        self._residency.forget(digest)
+
+    def step(self) -> list[TokenOutput]:
+        """Plan, run, sample, advance. Empty when every request waits for an adapter, or none is there."""
+        plan = self._scheduler.plan()
+        outputs = [self._fail(sequence, error) for sequence, error in plan.failed]
+        if plan.chunks:
+            sampled = self._runner.run(plan.chunks)
+            self.num_steps += 1
+            for chunk in plan.chunks:
+                chunk.sequence.num_computed += chunk.num_tokens
+                self._kv_cache.remember(chunk.sequence)
+                if chunk.completes:
+                    outputs.append(self._advance(chunk.sequence, sampled[chunk.sequence.request.request_id]))
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Gauges of this moment, counters since the start."""
+        num_cached = self._kv_cache.num_idle_pages
+        num_adapter = self._residency.num_pages
+        used = self._pool.num_pages - self._pool.num_free
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            num_pages=self._pool.num_pages,
+            num_free_pages=self._pool.num_free,
+            num_kv_pages=used - num_cached - num_adapter,
+            num_cached_pages=num_cached,
+            num_adapter_pages=num_adapter,
+            num_resident_adapters=self._residency.num_resident,
+            num_steps=self.num_steps,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_adapter_loads=self._residency.num_loads,
+            num_adapter_evictions=self._residency.num_evictions,
+            num_prefix_queries=self._kv_cache.num_queries,
+            num_prefix_hits=self._kv_cache.num_hits,
+        )
+
+    def check_integrity(self) -> None:
+        """Every page, reference and table line is accounted for."""
+        self._pool.check_integrity()
+        self._kv_cache.check_integrity(list(self._scheduler.sequences()))
+        self._residency.check_integrity()
+
+    def close(self) -> None:
+        self._residency.close()
+
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
+        """Append the new token; end the sequence where it ends."""
+        sequence.token_ids.append(sampled.token_id)
+        finish_reason = self._finish_reason(sequence)
+        if finish_reason is not None:
+            del self._sequences[sequence.request.request_id]
+            self._scheduler.finish(sequence)
+        return TokenOutput(
+            request_id=sequence.request.request_id,
+            token_ids=[sampled.token_id],
+            logprobs=None if sampled.logprobs is None else (sampled.logprobs,),
+            finish_reason=finish_reason,
+            num_cached_tokens=sequence.num_cached,
+        )
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        sampling, last = sequence.request.sampling, sequence.token_ids[-1]
+        if last in sampling.stop_token_ids or (last in self.model.eos_token_ids and not sampling.ignore_eos):
+            return "stop"
+        is_full = sequence.num_tokens >= self.model.max_model_len
+        return "length" if is_full or sequence.num_generated >= sampling.max_tokens else None
+
+    def _fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
+        """The scheduler has let go of the sequence already; what it waited for could not be had."""
+        del self._sequences[sequence.request.request_id]
+        code = next(code for kind, code in ERROR_CODES if isinstance(error, kind))
+        if code == "internal_error":
+            logger.error("request %d failed", sequence.request.request_id, exc_info=error)
+        return TokenOutput(
+            request_id=sequence.request.request_id,
+            token_ids=[],
+            finish_reason="error",
+            error_code=code,
+            error_message=str(error),
+        )
+
+
+def _max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: int) -> int:
+    """The longest context that the model knows, the user wants and the pool can hold."""
+    wanted = config.max_model_len or loaded.context_length
+    if wanted > loaded.context_length:
+        raise ConfigError(f"--max-model-len is {wanted}; this model's own limit is {loaded.context_length}.")
+    capacity = num_pages * PAGE_TOKENS
+    if capacity < min(wanted, 2 * PAGE_TOKENS) or (config.max_model_len and capacity < wanted):
+        raise ConfigError(
+            f"the page pool holds {capacity} tokens, --max-model-len wants {wanted}. Raise --pool-bytes or "
+            "--memory-fraction, or lower --max-model-len."
+        )
+    return min(wanted, capacity)
+
+
+@contextmanager
+def _phase(name: str, on_progress: Progress) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    on_progress(name, time.monotonic() - start, "")

@@ -1,0 +1,249 @@
+"""From a local model directory to a model on its device: quantised on load, attention routed to pages, rope fixed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.logging import disable_progress_bar
+
+from heddle_server.config import ConfigError, EngineConfig
+from heddle_server.engine.attention import ATTENTION_NAME, AttentionProbe, register_attention
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAMPLE_BYTES = 1 << 16  # of each sample that the fingerprint takes of a weights file
+NUM_SAMPLES = 64  # per weights file; a smaller file is hashed whole
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """The keys and values of one token."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    def page_bytes(self, page_tokens: int, dtype: torch.dtype) -> int:
+        return self.num_layers * 2 * page_tokens * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base ready to be woven."""
+
+    model: PreTrainedModel
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str  # "nf4", "none", or what a quantised checkpoint came with
+    fingerprint: str  # "sha256:<hex>"
+    kv_shape: KvShape
+    eos_token_ids: tuple[int, ...]
+    context_length: int  # the model's own limit
+    weights_bytes: int
+    weights_4bit_bytes: int
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load and quantise. Raises ConfigError when this base cannot be served as asked."""
+    path = Path(config.model_path)
+    model_config = AutoConfig.from_pretrained(path, local_files_only=True)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, model_config)
+    register_attention()
+    disable_progress_bar()
+    model = load_weights(
+        path,
+        dtype=dtype,
+        attn_implementation=ATTENTION_NAME,
+        device_map={"": device},
+        **quantization_of(config, model_config, dtype),
+    )
+    model.eval()
+    model.requires_grad_(False)
+    context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    fix_rope(model, min(config.max_model_len or context_length, context_length))
+    if dtype == torch.float32:
+        keep_exact(model)
+    quantization = quantization_name(model)
+    weights_bytes, weights_4bit_bytes = measure_weights(model)
+    return LoadedModel(
+        model=model,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        fingerprint=fingerprint(path, quantization),
+        kv_shape=probe_kv_shape(model),
+        eos_token_ids=eos_token_ids(path, model),
+        context_length=context_length,
+        weights_bytes=weights_bytes,
+        weights_4bit_bytes=weights_4bit_bytes,
+    )
+
+
+def choose_device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda was asked for, but torch finds no CUDA device. Use --device cpu or auto.")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
+
+
+def choose_dtype(wanted: str, model_config: Any) -> torch.dtype:
+    own: torch.dtype = model_config.get_text_config().dtype or model_config.dtype or torch.float32
+    if wanted == "auto":
+        return own
+    if wanted == "float16" and own == torch.bfloat16:
+        logger.warning(
+            "the checkpoint is bfloat16 and is served as float16: values beyond 65,504 become infinite; "
+            "--dtype auto keeps the checkpoint's own type"
+        )
+    return DTYPES[wanted]
+
+
+def load_weights(path: Path, **options: Any) -> PreTrainedModel:
+    """The model with every weight from its checkpoint: transformers alone would fill gaps with random numbers.
+
+    Raises ConfigError when it cannot be loaded this way, or not wholly.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, output_loading_info=True, **options
+        )
+    except ValueError as error:  # transformers' own words for a model it cannot load this way
+        raise ConfigError(f"{path} cannot be loaded as a causal language model: {error}") from error
+    absent = [*report["missing_keys"], *(str(entry) for entry in report["mismatched_keys"])]
+    if absent:
+        raise ConfigError(
+            f"{path} lacks {len(absent)} of the weights that {type(model).__name__} needs, or has them in another "
+            f"shape: {', '.join(absent[:5])}. The checkpoint is incomplete or belongs to another architecture."
+        )
+    return model
+
+
+def quantization_of(config: EngineConfig, model_config: Any, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
+    """How transformers is to quantise on load; nothing for a checkpoint that is quantised already, or not at all."""
+    if getattr(model_config, "quantization_config", None) is not None or config.quantization == "none":
+        return {}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.quantization,
+            bnb_4bit_use_double_quant=config.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    }
+
+
+def quantization_name(model: PreTrainedModel) -> str:
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is None:
+        return "none"
+    described = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return str(described.get("bnb_4bit_quant_type") or described.get("quant_method"))
+
+
+def fix_rope(model: nn.Module, max_model_len: int) -> None:
+    """Make rotary frequencies a constant of the server: nothing may depend on the longest sequence in the batch.
+
+    transformers chooses longrope's short or long factors by the longest position of each forward; here the longest
+    context the server admits decides, once. `dynamic` scaling changes with the sequence and is refused.
+    """
+    module: Any
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        if isinstance(rope_type, dict):
+            kinds = set(rope_type.values())
+        else:
+            kinds = {rope_type} if isinstance(rope_type, str) else set()
+        if any("dynamic" in kind for kind in kinds):
+            raise ConfigError(
+                "this model uses dynamic rope scaling, whose frequencies depend on the longest sequence of a batch, "
+                "so that one request would change another's answer. Set a fixed rope type (yarn, linear, llama3) in "
+                "its config.json."
+            )
+        if rope_type == "longrope":
+            parameters = module.config.rope_parameters
+            original_length = parameters["original_max_position_embeddings"]
+            chosen_length = max_model_len if max_model_len > original_length else original_length
+            frequencies, scaling = ROPE_INIT_FUNCTIONS["longrope"](
+                module.config, module.inv_freq.device, seq_len=chosen_length
+            )
+            module.inv_freq.copy_(frequencies)
+            module.attention_scaling = scaling
+            module.rope_type = "default"  # the per-forward choice looks at this name
+
+
+def keep_exact(model: nn.Module) -> None:
+    """In float32 serve the 4-bit weights' exact values: bitsandbytes' fused CPU path rounds their scales to bf16."""
+    module: Any
+    for module in model.modules():
+        if (quant_state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            quant_state.dtype = torch.float32
+            module.support_avx512bf16_for_cpu = False
+
+
+@torch.inference_mode()
+def probe_kv_shape(model: PreTrainedModel) -> KvShape:
+    """What the layers really send to attention, from a first forward of one token; it warms the model up as well.
+
+    Raises ConfigError when not every layer passes through transformers' attention interface, or they differ.
+    """
+    probe = AttentionProbe()
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model(input_ids=zero, position_ids=zero, use_cache=False, heddle_attention=probe)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if sorted(probe.shapes) != list(range(num_layers)) or len(set(probe.shapes.values())) != 1:
+        raise ConfigError(
+            f"{type(model).__name__} sends {len(probe.shapes)} of its {num_layers} layers through transformers' "
+            f"attention interface, with key shapes {sorted(set(probe.shapes.values()))}; heddle serves models that "
+            "send all of them, in one shape."
+        )
+    return KvShape(num_layers, *probe.shapes[0])
+
+
+def eos_token_ids(path: Path, model: PreTrainedModel) -> tuple[int, ...]:
+    """Every id that ends an answer, from generation_config.json, else from the model's config."""
+    has_file = (path / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(path, local_files_only=True) if has_file else model.generation_config
+    eos = generation.eos_token_id if generation.eos_token_id is not None else model.config.eos_token_id
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def measure_weights(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes of all weights, and of the part that is held in 4 bit."""
+    total = four_bit = 0
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        total += size
+        if getattr(parameter, "quant_state", None) is not None:
+            four_bit += size
+    return total, four_bit
+
+
+def fingerprint(path: Path, quantization: str) -> str:
+    """sha256 over the weights files and the quantisation, so that an adapter can name the base it was trained on.
+
+    Of a large file the header, the size and evenly spaced samples are read: fine-tuning changes every tensor, so a
+    sample of each region tells two bases apart without reading gigabytes.
+    """
+    digest = hashlib.sha256(json.dumps({"format": 1, "quantization": quantization}).encode())
+    for file in sorted(path.glob("*.safetensors")):
+        size_bytes = file.stat().st_size
+        digest.update(f"{file.name}:{size_bytes}:".encode())
+        with file.open("rb") as stream:
+            step_bytes = max(SAMPLE_BYTES, math.ceil(size_bytes / NUM_SAMPLES))
+            for begin in range(0, size_bytes, step_bytes):
+                stream.seek(begin)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()}"

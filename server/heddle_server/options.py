@@ -1,0 +1,116 @@
+"""The options of `heddle serve`, declared once for every command that starts a server."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from heddle_server.config import ConfigError, DeviceName, DtypeName, EngineConfig, Quantization, ServerConfig
+from heddle_server.model_files import find_model, model_name
+
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?)?B?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "512MiB", "2GB" or "1000000"."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size; write for example 512MiB or 2GB.")
+    return int(float(match["number"]) * _UNITS[(match["unit"] or "").lower()])
+
+
+def _option(flag: str, help: str, **more: Any) -> Any:
+    name = flag.split("/")[0]
+    return typer.Option(f"--{flag}", envvar=f"HEDDLE_{name.upper().replace('-', '_')}", help=help, **more)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What a server is started with, beside its model."""
+
+    served_name: Annotated[
+        str | None, _option("model-name", "Name the base answers to, beside 'base' (default: MODEL's own).")
+    ] = None
+    quantization: Annotated[Quantization, _option("quantization", "How the base's weights are held.")] = "nf4"
+    double_quantization: Annotated[
+        bool, _option("double-quantization/--no-double-quantization", "Quantise NF4's block scales too.")
+    ] = True
+    dtype: Annotated[DtypeName, _option("dtype", "Compute type; auto is the checkpoint's own.")] = "auto"
+    device: Annotated[DeviceName, _option("device", "auto takes CUDA where there is a GPU.")] = "auto"
+    pool_bytes: Annotated[
+        int | None,
+        _option("pool-bytes", "Memory for KV cache and adapters together, for example 2GiB.", parser=parse_size),
+    ] = None
+    memory_fraction: Annotated[
+        float | None, _option("memory-fraction", "The same as a share of the memory free after loading.")
+    ] = None
+    max_model_len: Annotated[
+        int | None, _option("max-model-len", "Tokens of prompt and answer together (default: the model's limit).")
+    ] = None
+    max_batch_tokens: Annotated[int, _option("max-batch-tokens", "Tokens computed in one step.")] = 2048
+    max_batch_requests: Annotated[int, _option("max-batch-requests", "Requests running at once.")] = 256
+    threads: Annotated[
+        int | None, _option("threads", "CPU threads per operation (default: 1 for a small base, else every core).")
+    ] = None
+    store: Annotated[Path, _option("store", "Folder that keeps uploaded adapters.")] = Path("~/.heddle/store")
+    host: Annotated[str, _option("host", "Address to listen on; loopback unless told otherwise.")] = "127.0.0.1"
+    port: Annotated[int, _option("port", "Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
+
+    def config(self, model: str) -> ServerConfig:
+        """The whole server's settings for `model`, a directory or hub id; raises `ConfigError`."""
+        store_path = self.store.expanduser().resolve()
+        engine = EngineConfig(
+            model_path=str(find_model(model)),
+            model_name=self.served_name or model_name(model),
+            store_path=str(store_path),
+            quantization=self.quantization,
+            double_quantization=self.double_quantization,
+            dtype=self.dtype,
+            device=self.device,
+            pool_bytes=self.pool_bytes,
+            memory_fraction=self.memory_fraction,
+            max_model_len=self.max_model_len,
+            max_batch_tokens=self.max_batch_tokens,
+            max_batch_requests=self.max_batch_requests,
+            num_threads=self.threads,
+        )
+        return ServerConfig(engine=engine, store_path=store_path, host=self.host, port=self.port)
+
+
+def with_serve_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a typer command every option of `ServeOptions`; it receives them as its argument `options`.
+
+    Settings that cannot be served end the command with status 2 and one line, not a traceback.
+    """
+    hints = get_type_hints(ServeOptions, include_extras=True)
+    names = [field.name for field in fields(ServeOptions)]
+    own_hints = get_type_hints(command, include_extras=True)
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        options = ServeOptions(**{name: arguments.pop(name) for name in names})
+        try:
+            command(**arguments, options=options)
+        except ConfigError as error:
+            typer.secho(f"heddle: {error}", fg="red", err=True)
+            raise typer.Exit(2) from None
+
+    own = [each for each in inspect.signature(command).parameters.values() if each.name != "options"]
+    shared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(ServeOptions)
+    ]
+    own = [each.replace(annotation=own_hints[each.name], kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
+    return run

@@ -1,0 +1,192 @@
+"""The `heddle` command: quick help, clear refusals, and a server that says what it does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from byte_tokenizer import save_tokenizer
+from heddle_server.cli import app
+from heddle_server.config import EngineConfig
+from heddle_server.options import ServeOptions, parse_size
+from live_server import SCRIPTED_ENGINE, wait_until
+
+RUN = "import sys; sys.path[:0] = {paths!r};"
+PATHS = [path for path in sys.path if path]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = save_tokenizer(tmp_path / "my-model")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", RUN.format(paths=PATHS) + "\n" + code, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_api_process_never_imports_torch() -> None:
+    code = (
+        "import heddle_server.api.serving, heddle_server.cli; "
+        "print([name for name in ('torch', 'transformers', 'triton', 'heddle_kernels') if name in sys.modules])"
+    )
+    output, errors = python(code).communicate(timeout=60)
+    assert output.strip() == "[]", errors
+
+
+def test_help_is_quick() -> None:
+    code = "import time; start = time.process_time(); from heddle_server.cli import app; "
+    code += "print(time.process_time() - start, 'fastapi' in sys.modules)"
+    seconds, imports_fastapi = python(code).communicate(timeout=60)[0].split()
+    assert float(seconds) < 0.5
+    assert imports_fastapi == "False"
+    assert CliRunner().invoke(app, ["serve", "--help"]).exit_code == 0
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output.startswith("heddle ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/folder"], "is no directory"),
+        (["--pool-bytes", "1GiB", "--memory-fraction", "0.5"], "both size the page pool"),
+        (["--max-model-len", "1"], "--max-model-len is 1"),
+        (["--memory-fraction", "2"], "must lie in (0, 1]"),
+    ],
+)
+def test_settings_that_cannot_be_served_exit_with_2(model: Path, arguments: list[str], message: str) -> None:
+    if arguments[0].startswith("--"):
+        arguments = [str(model), *arguments]
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_without_a_tokenizer_exits_with_2(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["serve", str(tmp_path), "--port", "0", "--store", str(tmp_path / "store")]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, "no tokenizer.json" in result.stderr) == (2, True)
+
+
+def test_a_port_in_use_exits_with_1(model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", str(model), "--port", port, "--store", str(tmp_path / "store")])
+    assert (result.exit_code, f"port {port} is in use" in result.stderr) == (1, True)
+
+
+def test_every_option_has_an_environment_variable(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEDDLE_DTYPE", "float32")
+    monkeypatch.setenv("HEDDLE_DOUBLE_QUANTIZATION", "false")
+    monkeypatch.setenv("HEDDLE_MAX_MODEL_LEN", "1")
+    result = CliRunner().invoke(app, ["serve", str(model), "--store", str(tmp_path)])
+    assert "--max-model-len is 1" in result.stderr
+    help_text = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    for name in ServeOptions.__dataclass_fields__:
+        variable = {"served_name": "HEDDLE_MODEL_NAME"}.get(name, f"HEDDLE_{name.upper()}")
+        assert variable in help_text
+
+
+def test_options_become_the_config(model: Path, tmp_path: Path) -> None:
+    config = ServeOptions(store=tmp_path, dtype="float32", max_model_len=128, port=0).config(str(model))
+    assert config.engine == EngineConfig(
+        model_path=str(model), model_name="my-model", store_path=str(tmp_path), dtype="float32", max_model_len=128
+    )
+    assert (config.store_path, config.host, config.port) == (tmp_path, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1000", 1000), ("2KiB", 2048), ("1.5 GB", 1_500_000_000), ("2gib", 2 << 30), ("3M", 3_000_000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def serve_scripted(
+    model: Path, tmp_path: Path, name: str = "scripted", companion: str = "None"
+) -> subprocess.Popen[str]:
+    """What `heddle serve` does, in a process of its own, in front of the scripted engine."""
+    code = f"""
+from pathlib import Path
+import typer
+from heddle_server.options import ServeOptions
+from heddle_server.api.serving import serve
+
+async def answers(address):
+    print("beside", address, flush=True)
+    return 7
+
+def command():
+    options = ServeOptions(served_name={name!r}, port=0, store=Path({str(tmp_path / "store")!r}))
+    serve(options.config({str(model)!r}), engine_command={SCRIPTED_ENGINE!r}, companion={companion})
+
+typer.run(command)
+"""
+    return python(code)
+
+
+def test_serve_says_what_it_does_and_stops_on_sigterm(model: Path, tmp_path: Path) -> None:
+    server = serve_scripted(model, tmp_path)
+    assert server.stdout is not None
+    lines: list[str] = []
+    while not lines or not lines[-1].startswith("try: curl"):
+        lines.append(server.stdout.readline())
+        assert lines[-1], server.communicate()
+    text = "".join(lines)
+    assert "weights" in text
+    assert "memory: base 3.0 MiB (2.0 MiB in 4 bit, 1.0 MiB in float32), pool 32 KiB for KV cache" in text
+    address = next(line.split()[-1] for line in lines if line.startswith("heddle is ready at"))
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
+    shown = json.loads(lines[-1].split("-d '")[1].rstrip().rstrip("'"))
+    assert httpx.post(f"{address}/v1/chat/completions", json=shown).status_code == 200
+    server.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    _, errors = server.communicate(timeout=20)
+    assert time.monotonic() - started < 5
+    assert server.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_an_engine_that_refuses_ends_the_server_with_1(model: Path, tmp_path: Path) -> None:
+    server = serve_scripted(model, tmp_path, name="refuses")
+    output, errors = server.communicate(timeout=30)
+    assert server.returncode == 1, output
+    assert "heddle: These weights cannot be served." in errors
+    assert "Traceback" not in errors
+
+
+def test_a_companion_runs_beside_the_server_and_ends_it(model: Path, tmp_path: Path) -> None:
+    server = serve_scripted(model, tmp_path, companion="answers")
+    output, errors = server.communicate(timeout=30)
+    assert server.returncode == 7, errors
+    assert "beside http://127.0.0.1:" in output
+
+
+def test_the_engine_goes_when_the_server_is_killed(model: Path, tmp_path: Path) -> None:
+    server = serve_scripted(model, tmp_path)
+    assert server.stdout is not None
+    while "ready" not in server.stdout.readline():
+        pass
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    if not children.exists():
+        pytest.skip("needs /proc")
+    (engine,) = children.read_text().split()
+    server.kill()
+    server.communicate()
+    wait_until(lambda: not Path(f"/proc/{engine}").exists())
