@@ -33,18 +33,22 @@ train: $(VENV)/ready ## make the embedded base and its adapters again (about hal
 
 # Without an NVIDIA driver the CPU build of torch is installed: from the configured indexes if they have it, else from
 # PyTorch's own index; where neither can be reached, the ordinary build works too, it is only larger.
-$(VENV)/ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade pip
 ifeq ($(HAS_NVIDIA),)
-	$(PIP) install --quiet "$(TORCH)+cpu" 2>/dev/null \
-	  || $(PIP) install --quiet --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)+cpu" 2>/dev/null \
-	  || $(PIP) install --quiet "$(TORCH)"
+INSTALL_TORCH := $(PIP) install --quiet "$(TORCH)+cpu" 2>/dev/null \
+  || $(PIP) install --quiet --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)+cpu" 2>/dev/null \
+  || $(PIP) install --quiet "$(TORCH)"
 else
-	$(PIP) install --quiet "$(TORCH)"
+INSTALL_TORCH := $(PIP) install --quiet "$(TORCH)"
 endif
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "making $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) install --quiet --upgrade pip
+	@echo "installing torch ($(if $(HAS_NVIDIA),CUDA,CPU) build; a minute or two) ..."
+	@$(INSTALL_TORCH)
+	@echo "installing heddle and its tools ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) results .pytest_cache .mypy_cache .ruff_cache

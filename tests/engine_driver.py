@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -58,8 +59,11 @@ def run(engine: Engine, requests: list[Request], max_steps: int = 20_000) -> lis
     for request in requests:
         engine.add(request)
     for _ in range(max_steps):
+        num_steps = engine.num_steps
         for output in engine.step():
             answers[output.request_id].take(output)
+        if engine.num_steps == num_steps:
+            time.sleep(0.001)  # let the loader thread work
         engine.check_integrity()
         if not engine.has_requests:
             return list(answers.values())

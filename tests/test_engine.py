@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from dequantised import dequantised_twin
@@ -179,6 +180,54 @@ def test_an_unknown_digest_fails_its_request_only(engine: Engine) -> None:
     assert len(fine.token_ids) == 3
 
 
+def test_an_adapter_that_overflows_fails_its_own_requests_only(
+    llama: tuple[Path, PreTrainedModel], tmp_path: Path
+) -> None:
+    folder, model = llama
+    engine = make_engine(folder, store_path=str(tmp_path))
+    saved = tmp_path / "saved-huge"
+    make_adapter(model, "lora", saved, rank=2)
+    weights = saved / "adapter_model.safetensors"
+    save_file({name: tensor * 1e30 for name, tensor in load_file(weights).items()}, weights)
+    config = (saved / "adapter_config.json").read_bytes()
+    with AdapterStore(tmp_path) as store:
+        digest = store.put("huge", read_checkpoint(config, weights, engine.model.layout), config, weights).digest
+    for temperature in (0.0, 1.0):
+        lost, fine = run(
+            engine,
+            [
+                make_request(prompt_of(9, 2), digest, temperature=temperature),
+                make_request(prompt_of(9, 1), max_tokens=5),
+            ],
+        )
+        assert lost.error_code == "adapter_load_failed"
+        assert "too large for float32" in (lost.error_message or "")
+        assert fine.token_ids == greedy(model, prompt_of(9, 1), 5)
+
+
+def test_a_step_that_raises_ends_its_requests_and_not_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, llama: tuple[Path, PreTrainedModel]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._runner, "run", broken)
+        (lost,) = run(engine, [make_request(prompt_of(9, 1))])
+    assert lost.error_code == "internal_error"
+    assert "out of memory" not in (lost.error_message or ""), "the log has the reason, the client does not"
+    (fine,) = run(engine, [make_request(prompt_of(9, 1), max_tokens=5)])
+    assert fine.token_ids == greedy(llama[1], prompt_of(9, 1), 5)
+
+
+def test_a_prompt_that_a_restarted_engine_cannot_take_is_an_error_and_no_crash(
+    llama: tuple[Path, PreTrainedModel],
+) -> None:
+    engine = make_engine(llama[0], max_model_len=20)
+    (lost,) = run(engine, [make_request(prompt_of(20, 1))])
+    assert lost.error_code == "adapter_capacity"
+
+
 @pytest.mark.parametrize(("max_model_len", "factors"), [(32, "short"), (128, "long")])
 def test_longrope_is_fixed_by_the_longest_context_admitted(max_model_len: int, factors: str, tmp_path: Path) -> None:
     length = {"original_max_position_embeddings": LONGROPE_LENGTH}
@@ -194,7 +243,7 @@ def test_longrope_is_fixed_by_the_longest_context_admitted(max_model_len: int, f
 
 def test_rope_that_depends_on_the_batch_is_refused(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-    with pytest.raises(ConfigError, match="dynamic rope"):
+    with pytest.raises(ConfigError, match=r"rope scaling \(dynamic\)"):
         make_engine(tmp_path)
 
 
@@ -210,6 +259,18 @@ def test_a_model_that_goes_around_the_attention_interface_is_refused(tmp_path: P
     config = AutoConfig.for_model("bloom", vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="Bloom"):
+        make_engine(tmp_path)
+
+
+def test_a_model_with_another_way_from_token_to_token_is_refused(tmp_path: Path) -> None:
+    """Every layer of this family also runs a state-space model over the whole flat batch."""
+    config = AutoConfig.for_model(
+        "falcon_h1", vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="FalconH1"):
         make_engine(tmp_path)
 
 

@@ -18,6 +18,10 @@ class IdlePages:
         self.kept = [(time, pool.allocate(1)[0]) for time in times]
         pool.add_reclaimer(self)
 
+    @property
+    def num_idle_pages(self) -> int:
+        return len(self.kept)
+
     def oldest_idle(self) -> float | None:
         return min(self.kept)[0] if self.kept else None
 
@@ -65,6 +69,9 @@ def test_the_oldest_idle_thing_of_any_kind_gives_way_first() -> None:
     pool.allocate(2)
     assert [time for time, _ in older.kept] == [4.0]
     assert [time for time, _ in newer.kept] == [3.0]
+    with pytest.raises(OutOfSpace):
+        pool.allocate(3)
+    assert len(older.kept) == len(newer.kept) == 1, "nothing is given up for what cannot be had anyway"
     pool.allocate(2)
     with pytest.raises(OutOfSpace):
         pool.allocate(1)

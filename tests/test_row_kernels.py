@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heddle_adapters.canonical import CompiledAdapter, SiteUpdate
-from heddle_adapters.device_rows import DeviceRows, Packer, PlacedAdapter
+from heddle_adapters.device_rows import DeviceRows, PackedAdapter, Packer, PlacedAdapter
 from heddle_adapters.page_pool import PagePool
 from heddle_kernels import reference
 from heddle_kernels.segments import BASE_SLOT, Segments
@@ -195,3 +195,31 @@ def test_rows_never_straddle_pages_and_long_rows_take_adjacent_ones() -> None:
         begin = int(rows.table.b_offset[row])
         assert begin // elements == (begin + 19) // elements, "a short row lies in one page"
         assert torch.equal(rows.rows[begin : begin + 20], torch.from_numpy(wide.b[row]))
+
+
+def test_a_free_pool_takes_whatever_fits_however_it_was_used_before() -> None:
+    """Long runs are placed first, so that short ones cannot cut the room they need in two."""
+    generator = np.random.default_rng(5)
+
+    def packed(width: int, num_rows: int) -> PackedAdapter:
+        update = SiteUpdate(
+            "site",
+            a=generator.standard_normal((num_rows, 8)).astype(np.float32),
+            b=generator.standard_normal((num_rows, width)).astype(np.float32),
+            gain=np.ones(num_rows, np.float32),
+            c=np.zeros(num_rows, np.float32),
+        )
+        return Packer(PAGE_BYTES, torch.float32).pack(
+            CompiledAdapter("d", (update,)), {"site": SITE}, lambda path: None
+        )
+
+    pool = PagePool(8, PAGE_BYTES)
+    rows = DeviceRows(torch.zeros(8 * PAGE_BYTES, dtype=torch.uint8), pool, torch.float32, num_sites=3)
+    for first in range(1, 8):
+        held = [pool.allocate(1)[0] for _ in range(first)]
+        for page in held:
+            pool.free(page)
+        wide = packed(width=3 * PAGE_BYTES // 4, num_rows=2)
+        assert wide.num_pages in (7, 8)
+        rows.remove(rows.place(wide))
+        assert pool.num_free == 8

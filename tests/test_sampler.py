@@ -7,15 +7,23 @@ from collections import Counter
 import pytest
 import torch
 
-from heddle_server.engine.sampler import sample, uniform
+from heddle_server.engine.sampler import Sampled, sample, uniform
 from heddle_server.request import SamplingParams
+
+
+def tokens(logits: torch.Tensor, params: list[SamplingParams], positions: list[int]) -> list[Sampled]:
+    """What was sampled, all rows being sound."""
+    sampled = [token for token in sample(logits, params, positions) if token is not None]
+    assert len(sampled) == len(params)
+    return sampled
+
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 
 
 def draw_many(count: int, **options: float) -> Counter[int]:
     params = [SamplingParams(max_tokens=1, seed=seed, **options) for seed in range(count)]  # type: ignore[arg-type]
-    return Counter(token.token_id for token in sample(LOGITS.repeat(count, 1), params, [0] * count))
+    return Counter(token.token_id for token in tokens(LOGITS.repeat(count, 1), params, [0] * count))
 
 
 def test_zero_temperature_is_greedy() -> None:
@@ -57,10 +65,10 @@ def test_a_draw_depends_on_seed_and_position_only() -> None:
     torch.manual_seed(0)
     logits = torch.randn(64, 50)
     params = [SamplingParams(max_tokens=1, temperature=1.0, seed=seed) for seed in range(64)]
-    together = [token.token_id for token in sample(logits, params, list(range(64)))]
-    alone = [sample(logits[row : row + 1], [params[row]], [row])[0].token_id for row in range(64)]
+    together = [token.token_id for token in tokens(logits, params, list(range(64)))]
+    alone = [tokens(logits[row : row + 1], [params[row]], [row])[0].token_id for row in range(64)]
     assert together == alone
-    moved = [token.token_id for token in sample(logits, params, [position + 1 for position in range(64)])]
+    moved = [token.token_id for token in tokens(logits, params, [position + 1 for position in range(64)])]
     assert moved != together
 
 
@@ -74,7 +82,7 @@ def test_uniform_is_uniform_and_fixed_for_all_time() -> None:
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     params = [SamplingParams(max_tokens=1, temperature=0.0, num_logprobs=wanted) for wanted in (0, 3)]
-    none, three = sample(LOGITS.repeat(2, 1), params, [0, 0])
+    none, three = tokens(LOGITS.repeat(2, 1), params, [0, 0])
     expected = torch.log_softmax(LOGITS, dim=-1)
     assert none.logprobs is not None
     assert none.logprobs.top == ()
@@ -87,3 +95,25 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 @pytest.mark.parametrize("temperature", [1e-30, 1e30])
 def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     assert sum(draw_many(50, temperature=temperature).values()) == 50
+
+
+def test_a_top_p_that_is_zero_in_float32_keeps_the_best_token() -> None:
+    assert draw_many(20, temperature=1.0, top_p=1e-50) == {0: 20}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_gets_no_token_and_hurts_no_other(poison: float, temperature: float) -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 2] = poison
+    params = [SamplingParams(max_tokens=1, temperature=temperature, seed=5, num_logprobs=1)] * 3
+    first, poisoned, last = sample(logits, params, [0, 0, 0])
+    assert poisoned is None
+    assert first == last == tokens(LOGITS[None], params[:1], [0])[0]
+
+
+def test_an_excluded_token_is_no_poison() -> None:
+    logits = LOGITS.clone()
+    logits[0] = -torch.inf
+    params = [SamplingParams(max_tokens=1, temperature=1.0, seed=seed) for seed in range(50)]
+    assert 0 not in {token.token_id for token in tokens(logits.repeat(50, 1), params, [0] * 50)}

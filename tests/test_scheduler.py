@@ -194,6 +194,61 @@ def test_a_request_that_can_never_fit_fails_instead_of_waiting_for_ever() -> Non
     assert [(sequence, type(error)) for sequence, error in failed] == [(growing, PoolTooSmall)]
 
 
+def test_a_request_that_fails_for_want_of_room_does_not_hold_up_those_behind_it() -> None:
+    world = World(num_pages=3)
+    world.add([1] * 13)
+    fine = world.add([2] * 4)
+    plan = world.step()
+    assert len(plan.failed) == 1
+    assert list(tokens_of(plan)) == [fine.request.request_id]
+
+
+def test_an_adapter_that_waits_for_room_is_not_overtaken_for_ever() -> None:
+    world = World(num_pages=6, adapter_pages=3)
+    first = world.add([1] * 3, "first")
+    world.wait_for_load()
+    world.step()
+    second = world.add([2] * 3, "second")
+    world.wait_for_load()
+    late = [world.add([3] * 3, "first") for _ in range(3)]
+    world.step()
+    assert not any(sequence in world.scheduler.running for sequence in late)
+    world.scheduler.finish(first)
+    world.step()
+    assert world.scheduler.running == [second]
+
+
+def test_what_cannot_be_had_costs_nothing_idle() -> None:
+    world = World(num_pages=8, adapter_pages=2)
+    idle = world.add([1] * 3, "idle")
+    world.wait_for_load()
+    world.step()
+    world.scheduler.finish(idle)
+    world.add([2] * 15)
+    world.step()
+    world.adapter_pages = 5
+    world.add([3] * 3, "wide")
+    world.wait_for_load()
+    for _ in range(3):
+        world.step()
+    assert world.residency.num_evictions == 0
+
+
+def test_a_load_that_nobody_waits_for_is_dropped() -> None:
+    world = World()
+    world.gate.clear()
+    busy = [world.add([1] * 4, name) for name in ("one", "two", "broken")]
+    for sequence in busy:
+        world.scheduler.finish(sequence)
+    world.gate.set()
+    fine = world.add([1] * 4, "broken-no-more")
+    while world.scheduler.waiting:
+        world.wait_for_load()
+        assert not world.step().failed, "a failure that nobody waited for is nobody's"
+    assert world.scheduler.running == [fine]
+    assert world.residency.num_loads == 1
+
+
 def test_an_adapter_larger_than_the_pool_fails_its_request() -> None:
     world = World(num_pages=3, adapter_pages=4)
     world.add([1] * 4, "huge")

@@ -112,7 +112,7 @@ def _check_every_tensor_is_consumed(content: AdapterContent, sources: tuple[Site
 def _reason(content: AdapterContent, name: str) -> str:
     """What to say about a tensor that nothing consumed."""
     if ".base_layer." in name:
-        return "the base's own tensors cannot be uploaded"
+        return "the base's own tensors cannot be uploaded: save_pretrained(save_embedding_layers=False) leaves them out"
     reasons = (reason for part, reason in content.method.refused_parts.items() if name.endswith("." + part))
     return next(reasons, "remove them, or save the adapter again with PEFT")
 

@@ -184,16 +184,18 @@ class DeviceRows:
         return self._sites_of_slot[slot]
 
     def _allocate_pages(self, lengths: list[int]) -> tuple[tuple[int, int], ...]:
-        taken: list[tuple[int, int]] = []
+        """Pages for runs of these lengths, the long ones first: so a free pool always has room for what fits in it."""
+        self._pool.check_room(sum(lengths))
+        taken: dict[int, tuple[int, int]] = {}
         try:
-            for length in lengths:
-                taken.append((self._pool.allocate_run(length), length))  # noqa: PERF401 - kept if a later one fails
+            for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+                taken[number] = (self._pool.allocate_run(lengths[number]), lengths[number])
         except OutOfSpace:
-            for first, length in taken:
+            for first, length in taken.values():
                 for page in range(first, first + length):
                     self._pool.free(page)
             raise
-        return tuple(taken)
+        return tuple(taken[number] for number in range(len(lengths)))
 
     def _reserve_line(self, num_rows: int) -> tuple[int, int]:
         if self._slots.num_free == 0 or self._heap.num_free < num_rows:

@@ -14,6 +14,10 @@ from heddle_adapters.run_allocator import OutOfSpace, RunAllocator
 class Reclaimable(Protocol):
     """Something that keeps idle pages and can give them back."""
 
+    @property
+    def num_idle_pages(self) -> int:
+        """Pages it would give back if asked for everything."""
+
     def oldest_idle(self) -> float | None:
         """When its least recently used idle thing was last used; None if it has nothing idle."""
 
@@ -44,8 +48,9 @@ class PagePool:
     def allocate(self, num_pages: int) -> list[int]:
         """`num_pages` pages with one reference each, anywhere in the pool.
 
-        Raises OutOfSpace, and takes none, when reclaiming everything idle would not be enough.
+        Raises OutOfSpace, and takes and reclaims nothing, when everything idle would not be enough.
         """
+        self.check_room(num_pages)
         while self.num_free < num_pages:
             self._reclaim()
         pages = [self._allocator.allocate() for _ in range(num_pages)]
@@ -55,6 +60,7 @@ class PagePool:
 
     def allocate_run(self, length: int) -> int:
         """First of `length` adjacent pages with one reference each. Raises OutOfSpace."""
+        self.check_room(length)
         while True:
             try:
                 first = self._allocator.allocate(length)
@@ -63,6 +69,12 @@ class PagePool:
             else:
                 self._references[first : first + length] = [1] * length
                 return first
+
+    def check_room(self, num_pages: int) -> None:
+        """Raises OutOfSpace when so many pages cannot be had, so that nothing idle is given up in vain."""
+        num_available = self.num_free + sum(reclaimer.num_idle_pages for reclaimer in self._reclaimers)
+        if num_available < num_pages:
+            raise OutOfSpace(f"{num_pages} pages are wanted; {num_available} of {self.num_pages} are free or idle")
 
     def share(self, page: int) -> None:
         """One more reference to a held page."""

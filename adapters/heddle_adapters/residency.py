@@ -65,13 +65,14 @@ class Residency:
         return sum(resident.placed.num_pages for resident in self._resident.values())
 
     @property
-    def is_loading(self) -> bool:
-        return bool(self._loading)
+    def num_idle_pages(self) -> int:
+        return sum(r.placed.num_pages for r in self._resident.values() if r.references == 0)
 
     def acquire(self, digest: str) -> int | None:
         """The adapter's slot, with one reference taken; None while it is being loaded.
 
-        Raises what the load raised, once: the next request tries again.
+        Raises OutOfSpace while it is loaded but the pool is full of things in use, and what the load raised, once: the
+        next request tries again.
         """
         if (resident := self._resident.get(digest)) is not None:
             resident.references += 1
@@ -91,6 +92,11 @@ class Residency:
         self._loading[digest] = future
         future.add_done_callback(lambda _: self._on_loaded())
 
+    def abandon(self, digest: str) -> None:
+        """Nobody waits for it any more: let go of what has been or would be loaded."""
+        if (future := self._loading.pop(digest, None)) is not None:
+            future.cancel()
+
     def release(self, digest: str) -> None:
         """One running request less uses it."""
         resident = self._resident[digest]
@@ -102,8 +108,7 @@ class Residency:
 
     def forget(self, digest: str) -> None:
         """Remove it now if nobody uses it, else when the last request lets go."""
-        if (future := self._loading.pop(digest, None)) is not None:
-            future.cancel()
+        self.abandon(digest)
         if (resident := self._resident.get(digest)) is None:
             return
         if resident.references == 0:
@@ -129,8 +134,8 @@ class Residency:
     def close(self) -> None:
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    def _place(self, digest: str, future: Future[PackedAdapter]) -> int | None:
-        """Bring a finished load into the pool; None when the pool is full of things in use."""
+    def _place(self, digest: str, future: Future[PackedAdapter]) -> int:
+        """Bring a finished load into the pool."""
         try:
             packed = future.result()
             if packed.num_pages > self._pool.num_pages:
@@ -140,7 +145,7 @@ class Residency:
                 )
             placed = self._rows.place(packed)
         except OutOfSpace:
-            return None
+            raise  # it stays loaded, for when there is room
         except Exception:
             del self._loading[digest]
             raise

@@ -12,7 +12,7 @@ class RunAllocator:
 
     def __init__(self, capacity: int) -> None:
         self._free = bytearray(b"\x01" * capacity)  # one byte per unit, 1 = free: searched at memchr speed
-        self._cursor = 0  # where the last search ended, so that single units are found at once
+        self._lowest = 0  # no unit below it is free, so that single units are found at once
         self.num_free = capacity
 
     @property
@@ -21,20 +21,19 @@ class RunAllocator:
 
     def allocate(self, length: int = 1) -> int:
         """First unit of a free run of `length`. Raises OutOfSpace."""
-        wanted = b"\x01" * length
-        first = self._free.find(wanted, self._cursor)
-        if first < 0:
-            first = self._free.find(wanted)
+        first = self._free.find(b"\x01" * length, self._lowest)
         if first < 0:
             raise OutOfSpace(f"no run of {length} free among {self.num_free} free of {self.capacity}")
         self._free[first : first + length] = bytes(length)
-        self._cursor = first + length
+        if length == 1:  # the first free unit of all; a longer run may have passed over some
+            self._lowest = first + 1
         self.num_free -= length
         return first
 
     def free(self, first: int, length: int = 1) -> None:
         assert not any(self._free[first : first + length]), "freed twice"
         self._free[first : first + length] = b"\x01" * length
+        self._lowest = min(self._lowest, first)
         self.num_free += length
 
     def is_free(self, unit: int) -> bool:

@@ -14,11 +14,12 @@ from heddle_loadtest.summary import Row, Summary
 def print_summary(summary: Summary, *, json_only: bool = False) -> None:
     """Prints the tables, unless `json_only`, and the JSON line, which is always the last line."""
     if not json_only:
-        _print_tables(summary, Console())
+        print_tables(summary, Console())
     print(json.dumps(summary.to_json()), flush=True)
 
 
-def _print_tables(summary: Summary, console: Console) -> None:
+def print_tables(summary: Summary, console: Console) -> None:
+    """Prints what people read of a run."""
     console.print(Text(_headline(summary), style="bold"))
     console.print(_latency_table(summary.total))
     console.print(_adapter_table(summary))

@@ -75,13 +75,13 @@ class Admission:
 
     async def admit_completion(self, body: CompletionRequest) -> Generation:
         """A plain completion: the answer goes on from the prompt's text."""
-        model = self._require_engine()
+        self._require_engine()
         adapter = self._bind(body)
         try:
             if isinstance(body.prompt, str):
                 prompt = await asyncio.to_thread(self._tokenizer.encode, body.prompt, add_special_tokens=True)
             else:
-                prompt = _within_vocabulary(body.prompt, model.vocabulary_size)
+                prompt = body.prompt
             return self._generation(body, adapter, prompt, is_continuation=True)
         except BaseException:
             self._holds.release(adapter)
@@ -139,6 +139,8 @@ class Admission:
         is_continuation: bool,
     ) -> Generation:
         model = self._require_engine()
+        param = "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
+        _check_vocabulary(prompt, model.vocabulary_size, param)
         sampling = SamplingParams(
             max_tokens=_max_tokens(body, len(prompt), model.max_model_len),
             temperature=_given(body.temperature, 1.0),
@@ -178,10 +180,10 @@ def _template_message(message: Message) -> dict[str, str]:
     return {"role": message.role, "content": message.content, **named}
 
 
-def _within_vocabulary(token_ids: list[int], size: int) -> list[int]:
-    if beyond := next((each for each in token_ids if each >= size), None):
-        raise InvalidRequest(f"Token id {beyond} is not in the vocabulary of {size} tokens.", param="prompt")
-    return token_ids
+def _check_vocabulary(token_ids: list[int], size: int, param: str) -> None:
+    """Also for text: a tokenizer may know tokens that were added after the base was trained."""
+    if (beyond := max(token_ids, default=0)) >= size:
+        raise InvalidRequest(f"Token id {beyond} is not in the vocabulary of {size} tokens.", param=param)
 
 
 def _max_tokens(body: ChatCompletionRequest | CompletionRequest, num_prompt: int, max_model_len: int) -> int:

@@ -12,6 +12,7 @@ import logging
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "heddle_server.engine.engine_process")
 SHUTDOWN_GRACE_SECONDS = 5.0
+STABLE_SECONDS = 10.0  # an engine that was ready for so long was no failed start, whatever ended it
 # What a dying engine wrote last may still be on its way through ZeroMQ's own thread.
 _LAST_WORDS_SECONDS = 0.3
 
@@ -78,6 +80,7 @@ class EngineClient:
         self._on_failed = on_failed
         self._ready = asyncio.Event()
         self._outputs: dict[int, asyncio.Queue[TokenOutput]] = {}
+        self._ready_since: float | None = None  # on the monotonic clock
         self._failed_starts = 0  # in a row, without one token between them
         self._failure: str | None = None
         self._context: zmq.asyncio.Context | None = None
@@ -221,6 +224,7 @@ class EngineClient:
                 case Ready():
                     self.model = message.model
                     self._ready.set()
+                    self._ready_since = time.monotonic()
                     self._on_ready(message.model)
                 case StartupFailed():
                     # The same weights and settings would fail the same way again.

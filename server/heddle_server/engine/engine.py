@@ -27,12 +27,18 @@ from heddle_server.engine.model_runner import ModelRunner
 from heddle_server.engine.resources import default_threads, pool_bytes
 from heddle_server.engine.sampler import Sampled
 from heddle_server.engine.scheduler import PoolTooSmall, Scheduler
+from heddle_server.engine.self_test import self_test
 from heddle_server.engine.sequence import Sequence
 from heddle_server.engine.weave import ForwardContext, base_bias, weave
 from heddle_server.messages import EngineStats, FinishReason, ModelCard, TokenOutput
 from heddle_server.request import Request
 
 logger = logging.getLogger(__name__)
+
+
+class AdapterOverflow(AdapterError):
+    """An adapter drives the model's arithmetic out of its range."""
+
 
 Progress = Callable[[str, float, str], None]  # (phase, seconds, detail)
 
@@ -62,6 +68,10 @@ class Engine:
             loaded = load_model(config)
             context = ForwardContext()
             sites = weave(loaded.model, context)
+        kernels = select_kernels(loaded.device.type)
+        logger.info("kernels: %s (%s)", kernels.name, kernels.reason)
+        with _phase("self-test", on_progress):
+            self_test(loaded.model, loaded.kv_shape, loaded.dtype, kernels.ops)
         torch.set_num_threads(config.num_threads or default_threads(loaded.weights_bytes))
         layout = BaseLayout(config.model_name, loaded.fingerprint, loaded.quantization, sites)
         with _phase("page pool", on_progress):
@@ -71,8 +81,6 @@ class Engine:
             memory = torch.zeros(num_pages * page_bytes, dtype=torch.uint8, device=loaded.device)
             pool = PagePool(num_pages, page_bytes)
             rows = DeviceRows(memory, pool, loaded.dtype, len(sites))
-        kernels = select_kernels(loaded.device.type)
-        logger.info("kernels: %s (%s)", kernels.name, kernels.reason)
         self._runner = ModelRunner(loaded, context, rows, memory, num_pages, PAGE_TOKENS, kernels)
 
         def load_adapter(digest: str) -> PackedAdapter:
@@ -85,21 +93,9 @@ class Engine:
         self._residency = Residency(load_adapter, rows, pool, on_loaded)
         self._scheduler = Scheduler(self._kv_cache, self._residency, config.max_batch_tokens, config.max_batch_requests)
         self._sequences: dict[int, Sequence] = {}
+        self._refused: list[tuple[Sequence, Exception]] = []  # to be told at the next step
         self.num_steps = 0
-        self.model = ModelCard(
-            layout=layout,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            device=loaded.device.type,
-            vocabulary_size=loaded.model.config.get_text_config().vocab_size,
-            max_model_len=max_model_len,
-            eos_token_ids=loaded.eos_token_ids,
-            weights_bytes=loaded.weights_bytes,
-            weights_4bit_bytes=loaded.weights_4bit_bytes,
-            pool_bytes=num_pages * page_bytes,
-            page_bytes=page_bytes,
-            page_tokens=PAGE_TOKENS,
-            num_pages=num_pages,
-        )
+        self.model = _model_card(loaded, layout, max_model_len, num_pages, page_bytes)
 
     @property
     def has_requests(self) -> bool:
@@ -108,10 +104,12 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. The API process has checked lengths and ranges."""
         assert request.request_id not in self._sequences, f"request {request.request_id} is already here"
-        assert 0 < len(request.prompt_token_ids) < self.model.max_model_len, "prompt length out of range"
         sequence = Sequence.of(request)
         self._sequences[request.request_id] = sequence
-        self._scheduler.add(sequence)
+        if not 0 < sequence.num_prompt_tokens < self.model.max_model_len:  # admitted by what an earlier engine could
+            self._refused.append((sequence, PoolTooSmall(sequence)))
+        else:
+            self._scheduler.add(sequence)
 
     def abort(self, request_id: int) -> None:
         """Forget a request and free what it holds; unknown ids have ended already."""
@@ -125,15 +123,28 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Plan, run, sample, advance. Empty when every request waits for an adapter, or none is there."""
         plan = self._scheduler.plan()
+        plan.failed += self._refused
+        self._refused = []
         outputs = [self._fail(sequence, error) for sequence, error in plan.failed]
-        if plan.chunks:
+        if not plan.chunks:
+            return outputs
+        self.num_steps += 1
+        try:
             sampled = self._runner.run(plan.chunks)
-            self.num_steps += 1
-            for chunk in plan.chunks:
-                chunk.sequence.num_computed += chunk.num_tokens
+        except Exception as error:
+            if self.model.device == "cuda":
+                raise  # after a device error the whole context is unusable
+            logger.exception("a step failed; its requests end with an error, the others go on")
+            return outputs + [self._fail(chunk.sequence, error) for chunk in plan.chunks]
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed += chunk.num_tokens
+            if not chunk.completes:
                 self._kv_cache.remember(chunk.sequence)
-                if chunk.completes:
-                    outputs.append(self._advance(chunk.sequence, sampled[chunk.sequence.request.request_id]))
+            elif (token := sampled[chunk.sequence.request.request_id]) is None:
+                outputs.append(self._fail(chunk.sequence, self._not_finite(chunk.sequence)))
+            else:
+                self._kv_cache.remember(chunk.sequence)
+                outputs.append(self._advance(chunk.sequence, token))
         return outputs
 
     def stats(self) -> EngineStats:
@@ -189,18 +200,27 @@ class Engine:
         is_full = sequence.num_tokens >= self.model.max_model_len
         return "length" if is_full or sequence.num_generated >= sampling.max_tokens else None
 
+    def _not_finite(self, sequence: Sequence) -> Exception:
+        if sequence.request.adapter_digest is None:
+            return ArithmeticError(f"The base's own logits are not finite in {self.model.dtype}.")
+        return AdapterOverflow(
+            f"The adapter's weights are too large for {self.model.dtype}: its logits are not finite. "
+            "Check the checkpoint, or serve with --dtype float32."
+        )
+
     def _fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
-        """The scheduler has let go of the sequence already; what it waited for could not be had."""
+        """End a request that cannot be served, and give back what it holds."""
         del self._sequences[sequence.request.request_id]
+        self._scheduler.finish(sequence)
         code = next(code for kind, code in ERROR_CODES if isinstance(error, kind))
         if code == "internal_error":
-            logger.error("request %d failed", sequence.request.request_id, exc_info=error)
+            logger.error("request %d failed: %s", sequence.request.request_id, error)
         return TokenOutput(
             request_id=sequence.request.request_id,
             token_ids=[],
             finish_reason="error",
             error_code=code,
-            error_message=str(error),
+            error_message="The engine failed on this request." if code == "internal_error" else str(error),
         )
 
 
@@ -216,6 +236,25 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: int) ->
             "--memory-fraction, or lower --max-model-len."
         )
     return min(wanted, capacity)
+
+
+def _model_card(
+    loaded: LoadedModel, layout: BaseLayout, max_model_len: int, num_pages: int, page_bytes: int
+) -> ModelCard:
+    return ModelCard(
+        layout=layout,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=loaded.device.type,
+        vocabulary_size=loaded.model.get_input_embeddings().weight.shape[0],
+        max_model_len=max_model_len,
+        eos_token_ids=loaded.eos_token_ids,
+        weights_bytes=loaded.weights_bytes,
+        weights_4bit_bytes=loaded.weights_4bit_bytes,
+        pool_bytes=num_pages * page_bytes,
+        page_bytes=page_bytes,
+        page_tokens=PAGE_TOKENS,
+        num_pages=num_pages,
+    )
 
 
 @contextmanager

@@ -89,8 +89,10 @@ def main() -> None:
             on_progress=lambda phase, seconds, detail: channel.send(StartupProgress(phase, seconds, detail)),
             on_loaded=channel.wake,
         )
-    except (ConfigError, OSError) as error:
-        channel.send(StartupFailed(str(error)))
+    except Exception as error:  # the same weights and settings would fail the same way again: say so, once
+        if not isinstance(error, ConfigError | OSError):
+            logging.exception("the engine cannot start")
+        channel.send(StartupFailed(str(error) or type(error).__name__))
         channel.close()
         sys.exit(EXIT_CONFIG)
     channel.send(Ready(engine.model))
@@ -116,7 +118,7 @@ def serve(engine: Engine, channel: Channel) -> None:
         num_steps = engine.num_steps
         outputs = engine.step()
         channel.send(StepOutput(outputs, engine.stats()))
-        is_idle = engine.num_steps == num_steps
+        is_idle = engine.num_steps == num_steps and not outputs  # a failure may have made room for who waits
 
 
 def _exit_with_parent() -> None:

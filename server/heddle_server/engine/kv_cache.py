@@ -49,10 +49,12 @@ class KvCache:
             sequence.pages.append(page)
         sequence.num_entered = len(sequence.pages)
         sequence.num_computed = len(sequence.pages) * self._page_tokens
-        if not sequence.has_started:
-            sequence.num_cached = sequence.num_computed
-            self.num_queries += sequence.num_prompt_tokens
-            self.num_hits += sequence.num_cached
+
+    def count_lookup(self, sequence: Sequence) -> None:
+        """Note what the prefix cache has saved a sequence that is admitted for the first time."""
+        sequence.num_cached = sequence.num_computed
+        self.num_queries += sequence.num_prompt_tokens
+        self.num_hits += sequence.num_cached
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> None:
         """Pages for the first `num_tokens` tokens. Raises OutOfSpace, taking none."""

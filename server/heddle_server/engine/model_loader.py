@@ -73,8 +73,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model.requires_grad_(False)
     context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     fix_rope(model, min(config.max_model_len or context_length, context_length))
-    if dtype == torch.float32:
-        keep_exact(model)
+    choose_4bit_path(model, dtype)
     quantization = quantization_name(model)
     weights_bytes, weights_4bit_bytes = measure_weights(model)
     return LoadedModel(
@@ -166,10 +165,10 @@ def fix_rope(model: nn.Module, max_model_len: int) -> None:
             kinds = set(rope_type.values())
         else:
             kinds = {rope_type} if isinstance(rope_type, str) else set()
-        if any("dynamic" in kind for kind in kinds):
+        if any("dynamic" in kind for kind in kinds) or (isinstance(rope_type, dict) and "longrope" in kinds):
             raise ConfigError(
-                "this model uses dynamic rope scaling, whose frequencies depend on the longest sequence of a batch, "
-                "so that one request would change another's answer. Set a fixed rope type (yarn, linear, llama3) in "
+                f"this model's rope scaling ({', '.join(sorted(kinds))}) depends on the longest sequence of a batch: "
+                "one request would change another's answer. Set a fixed rope type (yarn, linear, llama3) in "
                 "its config.json."
             )
         if rope_type == "longrope":
@@ -184,12 +183,18 @@ def fix_rope(model: nn.Module, max_model_len: int) -> None:
             module.rope_type = "default"  # the per-forward choice looks at this name
 
 
-def keep_exact(model: nn.Module) -> None:
-    """In float32 serve the 4-bit weights' exact values: bitsandbytes' fused CPU path rounds their scales to bf16."""
+def choose_4bit_path(model: nn.Module, dtype: torch.dtype) -> None:
+    """Where bitsandbytes' fused CPU path cannot be used: it rounds block scales to bf16 and wants whole blocks.
+
+    In float32 the 4-bit weights' exact values are served; a layer whose input is no multiple of 64 wide is unpacked.
+    """
     module: Any
     for module in model.modules():
-        if (quant_state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+        if (quant_state := getattr(getattr(module, "weight", None), "quant_state", None)) is None:
+            continue
+        if dtype == torch.float32:
             quant_state.dtype = torch.float32
+        if dtype == torch.float32 or module.in_features % 64 or module.out_features % 32:
             module.support_avx512bf16_for_cpu = False
 
 

@@ -43,8 +43,11 @@ class ModelRunner:
             num_pages, shape.num_layers, 2, page_tokens, shape.num_kv_heads, shape.head_dim
         )
 
-    def run(self, chunks: list[Chunk]) -> dict[int, Sampled]:
-        """Compute the chunks; by request id, the new token of each chunk that completes its sequence."""
+    def run(self, chunks: list[Chunk]) -> dict[int, Sampled | None]:
+        """Compute the chunks; by request id, the new token of each chunk that completes its sequence.
+
+        None where the logits are not finite.
+        """
         ordered = sorted(chunks, key=_slot)
         ends = list(accumulate(chunk.num_tokens for chunk in ordered))
         completing = [(chunk, end - 1) for chunk, end in zip(ordered, ends, strict=True) if chunk.completes]

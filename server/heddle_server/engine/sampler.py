@@ -22,9 +22,14 @@ class Sampled:
     logprobs: TokenLogprobs | None
 
 
-def sample(logits: Tensor, sampling: list[SamplingParams], positions: list[int]) -> list[Sampled]:
-    """One token for each row. logits [num_rows, vocabulary]; positions: the new token's index in its sequence."""
+def sample(logits: Tensor, sampling: list[SamplingParams], positions: list[int]) -> list[Sampled | None]:
+    """One token for each row; None for a row that holds NaN or infinity, from which nothing can be drawn.
+
+    logits [num_rows, vocabulary]; positions: the new token's index in its sequence.
+    """
     logits = logits.float()
+    is_sound = logits.amax(dim=-1).isfinite()  # the largest of a row with a NaN is NaN; -inf only excludes a token
+    logits = logits.where(is_sound[:, None], 0.0)
     chosen = logits.argmax(dim=-1)
     drawn = [row for row, params in enumerate(sampling) if params.temperature > 0]
     if drawn:
@@ -32,7 +37,10 @@ def sample(logits: Tensor, sampling: list[SamplingParams], positions: list[int])
         chosen[drawn] = _draw(logits[drawn], [sampling[row] for row in drawn], uniforms)
     token_ids = chosen.tolist()
     described = _logprobs(logits, token_ids, sampling)
-    return [Sampled(token_id, described.get(row)) for row, token_id in enumerate(token_ids)]
+    return [
+        Sampled(token_id, described.get(row)) if sound else None
+        for row, (token_id, sound) in enumerate(zip(token_ids, is_sound.tolist(), strict=True))
+    ]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -55,7 +63,9 @@ def _draw(logits: Tensor, sampling: list[SamplingParams], uniforms: list[float])
     probabilities, order = torch.softmax(scaled, dim=-1).sort(dim=-1, descending=True, stable=True)
     kept = probabilities * (torch.arange(vocabulary, device=logits.device) < top_k)
     mass_before = kept.cumsum(dim=-1) - kept
-    kept = kept * (mass_before < top_p * kept.sum(dim=-1, keepdim=True))
+    within_top_p = mass_before < top_p * kept.sum(dim=-1, keepdim=True)
+    within_top_p[:, 0] = True  # the best token stays, even for a top_p that is zero in float32
+    kept = kept * within_top_p
     cumulative = kept.cumsum(dim=-1)
     picked = torch.searchsorted(cumulative, column(uniforms) * cumulative[:, -1:], right=True)
     last_kept = (kept > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not step over the end

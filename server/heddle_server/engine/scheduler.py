@@ -82,6 +82,9 @@ class Scheduler:
             self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            digest = sequence.request.adapter_digest
+            if digest is not None and all(other.request.adapter_digest != digest for other in self.waiting):
+                self._residency.abandon(digest)
 
     def sequences(self) -> Iterable[Sequence]:
         yield from self.running
@@ -107,27 +110,32 @@ class Scheduler:
                 return num_tokens
 
     def _admit(self, budget: int, plan: StepPlan) -> None:
-        """Start waiting requests in order, passing over those whose adapter is not there yet."""
+        """Start waiting requests in order, passing over those whose adapter is not loaded yet."""
         failures: dict[str | None, Exception] = {}  # by adapter: all that wait for one load fail with it
         for sequence in list(self.waiting):
             if not budget or len(self.running) >= self._max_batch_requests:
                 return
             digest = sequence.request.adapter_digest
             try:
-                slot = None if digest in failures else self._slot(digest)
+                if digest in failures:
+                    raise failures[digest]
+                budget -= self._start(sequence, budget, plan)
+            except OutOfSpace:
+                if self.running:
+                    return  # a full pool queues: nobody behind may overtake
+                self._fail(sequence, PoolTooSmall(sequence), plan)
             except Exception as error:  # whatever the load raised is these requests' failure, nobody else's
                 failures[digest] = error
-            if digest in failures:
-                self.waiting.remove(sequence)
-                plan.failed.append((sequence, failures[digest]))
-            elif slot is not None:
-                num_tokens = self._start(sequence, slot, budget, plan)
-                if num_tokens == 0:
-                    return  # a full pool queues: nobody behind may overtake
-                budget -= num_tokens
+                self._fail(sequence, error, plan)
 
-    def _start(self, sequence: Sequence, slot: int, budget: int, plan: StepPlan) -> int:
-        """Move a waiting sequence to the running ones and plan its first chunk; the tokens taken, 0 if no room."""
+    def _start(self, sequence: Sequence, budget: int, plan: StepPlan) -> int:
+        """Move a waiting sequence to the running ones and plan its first chunk.
+
+        The tokens taken, 0 while its adapter is being loaded. Raises OutOfSpace, changing nothing.
+        """
+        slot = self._slot(sequence.request.adapter_digest)
+        if slot is None:
+            return 0
         sequence.slot = slot
         self._kv_cache.attach_prefix(sequence)
         num_tokens = min(sequence.num_pending, budget)
@@ -135,15 +143,18 @@ class Scheduler:
             self._kv_cache.reserve(sequence, sequence.num_computed + num_tokens)
         except OutOfSpace:
             self._release(sequence)
-            if not self.running:
-                self.waiting.remove(sequence)
-                plan.failed.append((sequence, PoolTooSmall(sequence)))
-            return 0
+            raise
+        if not sequence.has_started:
+            self._kv_cache.count_lookup(sequence)
         sequence.has_started = True
         self.waiting.remove(sequence)
         self.running.append(sequence)
         plan.chunks.append(Chunk.of(sequence, num_tokens))
         return num_tokens
+
+    def _fail(self, sequence: Sequence, error: Exception, plan: StepPlan) -> None:
+        self.waiting.remove(sequence)
+        plan.failed.append((sequence, error))
 
     def _slot(self, digest: str | None) -> int | None:
         return BASE_SLOT if digest is None else self._residency.acquire(digest)

@@ -78,6 +78,7 @@ class WovenLinear(nn.Module):
         ops, rows = adapters.ops, adapters.rows
         segments = adapters.head_segments if self.is_head else adapters.segments
         flat = x.reshape(-1, x.shape[-1])  # [num_tokens, in_features]
+        assert flat.shape[0] == segments.num_tokens, "a site sees other tokens than the batch has"
         scaled = ops.scale_input(flat, rows.vectors, rows.table, segments, self.site)
         y: Tensor = self.base(scaled)
         h = ops.shrink(scaled, rows.rows, rows.table, segments, self.site)
