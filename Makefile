@@ -25,8 +25,7 @@ format: $(VENV)/ready ## let ruff rewrite what it can
 	$(BIN)/ruff format $(SOURCES)
 
 soak: $(VENV)/ready ## the long proofs; results as JSON in results/
-	mkdir -p results
-	$(BIN)/python -m pytest -m slow --junit-xml=results/soak.xml
+	$(BIN)/python -m pytest -m slow --timeout 1200 --json-results results/soak.json
 
 train: $(VENV)/ready ## make the embedded base and its adapters again (about half an hour)
 	$(BIN)/python -m heddle_demo.train

@@ -1,10 +1,47 @@
-"""Settings of the whole test session."""
+"""Settings of the whole test session, and results as JSON for the long proofs."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import time
+from pathlib import Path
 
+import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--json-results", type=Path, help="write every test's outcome and seconds to this file")
+
+
+class JsonResults:
+    """Collects what `make soak` keeps."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._tests: list[dict[str, object]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._tests.append({"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)})
+
+    def pytest_sessionfinish(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+        content = {
+            "schema_version": 1,
+            "ended_unix_seconds": int(time.time()),
+            "machine": machine,
+            "tests": self._tests,
+        }
+        self._file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (file := config.getoption("--json-results")) is not None:
+        config.pluginmanager.register(JsonResults(file))

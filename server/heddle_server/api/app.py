@@ -27,6 +27,8 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="heddle",
         version=heddle_version(),
+        docs_url=None,  # FastAPI's viewer loads its script from a CDN; /openapi.json is here
+        redoc_url=None,
         lifespan=_lifespan,
         middleware=[
             Middleware(RequestId),

@@ -232,7 +232,7 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: int) ->
     capacity = num_pages * PAGE_TOKENS
     if capacity < min(wanted, 2 * PAGE_TOKENS) or (config.max_model_len and capacity < wanted):
         raise ConfigError(
-            f"the page pool holds {capacity} tokens, --max-model-len wants {wanted}. Raise --pool-bytes or "
+            f"the page pool holds {capacity} tokens, and a context of {wanted} is wanted. Raise --pool-bytes or "
             "--memory-fraction, or lower --max-model-len."
         )
     return min(wanted, capacity)

@@ -90,4 +90,6 @@ def _paged_logits(
 
 def _difference(left: Tensor, right: Tensor) -> Tensor:
     """Relative distance of each token's logits: [NUM_TOKENS]."""
-    return (left - right).norm(dim=-1) / right.norm(dim=-1).clamp(min=1e-6)
+    distance: Tensor = torch.linalg.vector_norm(left - right, dim=-1)
+    size: Tensor = torch.linalg.vector_norm(right, dim=-1)
+    return distance / size.clamp(min=1e-6)
