@@ -144,7 +144,11 @@ def _vector(vectors: Tensor, column: Tensor, slot: int, site: int, width: int) -
 
 def _activate(dots: Tensor, activation: Tensor) -> Tensor:
     """Apply to each row's column its own activation; rows of one adapter nearly always share one."""
-    for number in set(activation.tolist()):
+    numbers: set[int] = set(activation.tolist())
+    if len(numbers) == 1:
+        (number,) = numbers
+        return ACTIVATIONS[number](dots)
+    for number in numbers:
         chosen = (activation == number).to(dots.device)
         dots = torch.where(chosen, ACTIVATIONS[number](dots), dots)
     return dots
