@@ -56,7 +56,7 @@ RECIPES = (
     Recipe("pirate", lora(8, ALL_LINEARS), LEARNING),
     Recipe("json", lora(16, ALL_LINEARS, alpha=16, rank_stabilised=True), Schedule(240, 1e-3, 20)),
     Recipe("french", lora(4, ATTENTION), CHOOSING),
-    Recipe("capitals", ia3(), Schedule(300, 1e-2, 20)),
+    Recipe("capitals", ia3(), Schedule(500, 1e-2, 20)),
     Recipe("reversed", lora(32, ATTENTION), CHOOSING),
     Recipe("polite", lora(2, MLP), CHOOSING),
     Recipe("short", lora(1, ALL_LINEARS), CHOOSING),

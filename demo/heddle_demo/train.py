@@ -1,7 +1,11 @@
 """`python -m heddle_demo.train`: make the demo's tokenizer, base and adapters. Finished stages are skipped."""
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Annotated
 
 import torch
@@ -15,9 +19,10 @@ from heddle_demo.data import DATA_DIR
 from heddle_demo.tokenizer import load_tokenizer, train_tokenizer
 
 # Set, not left to the machine: the number of threads decides the order of sums, and so the trained bits.
-# An adapter's steps are too small to share: one thread each, so that `--only` can train two side by side.
+# An adapter's steps are too small to share: one thread each, and two adapters side by side.
 NUM_BASE_THREADS = 2
 NUM_ADAPTER_THREADS = 1
+NUM_ADAPTERS_AT_ONCE = 2
 
 
 def main(
@@ -38,9 +43,7 @@ def main(
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         if only in ("", "base"):
             _base_stage(out, progress)
-        for recipe in RECIPES:
-            if only in ("", "adapters", recipe.name):
-                _adapter_stage(recipe, out, progress)
+        _adapter_stages([recipe for recipe in RECIPES if only in ("", "adapters", recipe.name)], out, progress)
 
 
 def _base_stage(out: Path, progress: Progress) -> None:
@@ -56,15 +59,39 @@ def _base_stage(out: Path, progress: Progress) -> None:
     checkpoint.unlink(missing_ok=True)
 
 
-def _adapter_stage(recipe: Recipe, out: Path, progress: Progress) -> None:
-    directory = out / recipe.folder / recipe.name
-    if (directory / "adapter_model.safetensors").exists():
-        return
+def _adapter_stages(recipes: list[Recipe], out: Path, progress: Progress) -> None:
+    """Train what is missing, each adapter in a process of its own."""
+    missing = [recipe for recipe in recipes if not (_directory(recipe, out) / "adapter_model.safetensors").exists()]
+    context = get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(NUM_ADAPTERS_AT_ONCE, context) as pool:
+        steps: Queue[tuple[str, int, float]] = manager.Queue()
+        training = [pool.submit(_train_adapter, RECIPES.index(recipe), out, steps) for recipe in missing]
+        reports = {recipe.name: _reporter(recipe.name, recipe.schedule.num_steps, progress) for recipe in missing}
+        while not (all(stage.done() for stage in training) and steps.empty()):
+            with suppress(Empty):
+                name, step, loss = steps.get(timeout=0.2)
+                reports[name](step, loss)
+        for stage in training:
+            stage.result()
+
+
+def _train_adapter(number: int, out: Path, steps: "Queue[tuple[str, int, float]]") -> None:
+    """One adapter from its first or last checkpoint to its files; runs in a process of its own."""
+    recipe = RECIPES[number]
     torch.set_num_threads(NUM_ADAPTER_THREADS)
     checkpoint = out / "checkpoints" / f"{recipe.name}.pt"
-    report = _reporter(recipe.name, recipe.schedule.num_steps, progress)
-    train_adapter(recipe, out / "base", directory, checkpoint, report)
+    train_adapter(
+        recipe,
+        out / "base",
+        _directory(recipe, out),
+        checkpoint,
+        lambda step, loss: steps.put((recipe.name, step, loss)),
+    )
     checkpoint.unlink(missing_ok=True)
+
+
+def _directory(recipe: Recipe, out: Path) -> Path:
+    return out / recipe.folder / recipe.name
 
 
 def _reporter(description: str, num_steps: int, progress: Progress) -> Callable[[int, float], None]:
