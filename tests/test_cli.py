@@ -19,6 +19,7 @@ from heddle_server.cli import app
 from heddle_server.config import EngineConfig
 from heddle_server.options import ServeOptions, parse_size
 from live_server import SCRIPTED_ENGINE, wait_until
+from scripted_engine import NEVER_ENDS
 
 RUN = "import sys; sys.path[:0] = {paths!r};"
 PATHS = [path for path in sys.path if path]
@@ -118,14 +119,22 @@ def test_sizes(text: str, size: int) -> None:
 
 
 def serve_scripted(
-    model: Path, tmp_path: Path, name: str = "scripted", companion: str = "None"
+    model: Path, tmp_path: Path, name: str = "scripted", companion: str = "None", shutdown_seconds: float = 10
 ) -> subprocess.Popen[str]:
     """What `heddle serve` does, in a process of its own, in front of the scripted engine."""
     code = f"""
 from pathlib import Path
 import typer
 from heddle_server.options import ServeOptions
+from heddle_server.api import serving
 from heddle_server.api.serving import serve
+
+serving.SHUTDOWN_SECONDS = {shutdown_seconds}
+
+async def waits(address):
+    import asyncio
+    print("beside", address, flush=True)
+    await asyncio.sleep(60)
 
 async def answers(address):
     print("beside", address, flush=True)
@@ -176,6 +185,46 @@ def test_a_companion_runs_beside_the_server_and_ends_it(model: Path, tmp_path: P
     output, errors = server.communicate(timeout=30)
     assert server.returncode == 7, errors
     assert "beside http://127.0.0.1:" in output
+
+
+def test_stopping_ends_requests_in_flight_with_an_error_that_clients_see(model: Path, tmp_path: Path) -> None:
+    server = serve_scripted(model, tmp_path, shutdown_seconds=0.5)
+    assert server.stdout is not None
+    while not (line := server.stdout.readline()).startswith("heddle is ready at"):
+        assert line
+    body = {"prompt": "Hi", "max_tokens": 8, "seed": NEVER_ENDS, "stream": True}
+    with httpx.stream("POST", f"{line.split()[-1]}/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert '"error"' in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+    output, errors = server.communicate(timeout=20)
+    assert "finishing 1 requests" in output
+    assert server.returncode == 0
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopping_dismisses_the_companion_in_silence(model: Path, tmp_path: Path, stop: signal.Signals) -> None:
+    server = serve_scripted(model, tmp_path, companion="waits")
+    assert server.stdout is not None
+    while not (line := server.stdout.readline()).startswith("beside"):
+        assert line
+    server.send_signal(stop)
+    _, errors = server.communicate(timeout=20)
+    assert server.returncode == 0
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "{tmp}/file/store"])
+def test_a_store_that_cannot_be_made_is_one_clear_line(model: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["serve", str(model), "--port", "0", "--store", place.format(tmp=tmp_path)])
+    assert result.exit_code == 2
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "cannot be made" in result.output
 
 
 def test_the_engine_goes_when_the_server_is_killed(model: Path, tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ class AdapterStore:
     def __init__(self, path: Path) -> None:
         """Opens or creates the store and clears away what a crash left; raises `StoreUnusable`."""
         self._path = path
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreUnusable(f"The adapter store {path} cannot be made: {error.strerror}. See --store.") from error
         with ExitStack() as opened:
             _lock_folder(path, opened)
             self._index = StoreIndex(path / "index.sqlite3")

@@ -52,7 +52,7 @@ def main(
     try:
         scores = asyncio.run(evaluate(target))
     except TargetError as error:
-        typer.secho(f"{error} Start a server with `heddle demo` first.", fg="red", err=True)
+        typer.secho(f"{error}. Start a server with `heddle demo` first.", fg="red", err=True)
         raise typer.Exit(2) from None
     table = Table("adapter", "method", "questions", "exact match", "target")
     for score in scores:

@@ -143,13 +143,15 @@ async def _load(address: str, console: Console) -> bool:
 
 
 def _say_where_to_look(address: str, console: Console) -> None:
+    example = UPLOAD_DIR / next(iter(UPLOADS))
     console.print(
         f"\nTry it yourself:\n  curl {address}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        """    -d '{"model": "base", "adapter": "pirate", "messages": [{"role": "user", "content": """
+        """    -d '{"model": "base", "adapter": "pirate", "temperature": 0, "messages": [{"role": "user", "content": """
         f""""{QUESTION}"}}]}}'\n"""
-        f"Upload your own:\n  curl {address}/v1/adapters -F name=mine -F adapter_config.json=@adapter_config.json "
-        "-F adapter_model.safetensors=@adapter_model.safetensors\n"
-        f"See also {address}/v1/models, {address}/metrics, and README.md for your own base.",
+        f"Upload one:\n  curl {address}/v1/adapters -F name=mine \\\n"
+        f"    -F adapter_config.json=@{example / 'adapter_config.json'} \\\n"
+        f"    -F adapter_model.safetensors=@{example / 'adapter_model.safetensors'}\n"
+        f"See also the page at {address}/, {address}/v1/models, {address}/metrics, and README.md for your own base.",
         highlight=False,
         soft_wrap=True,
         markup=False,

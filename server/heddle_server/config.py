@@ -32,7 +32,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DtypeName = "auto"  # auto = the checkpoint's own
     device: DeviceName = "auto"  # auto = cuda where there is one
     pool_bytes: int | None = None  # KV pages and adapter rows together; None = from memory_fraction
-    memory_fraction: float | None = None  # share of the memory free after loading; None = 0.85 on cuda, 0.25 on cpu
+    memory_fraction: float | None = (
+        None  # share of the memory free after loading; None = 0.85 on cuda, 0.25 and at most 1 GiB on cpu
+    )
     max_model_len: int | None = None  # prompt and answer together; None = the model's own limit
     max_batch_tokens: int = 2048  # tokens computed in one step, decodes and prefill chunks together
     max_batch_requests: int = 256  # requests running at once

@@ -38,6 +38,6 @@ def _fetch(model: str) -> Path:
     except Exception as error:  # the hub, the network and the disk fail in many ways; all mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{model} is no directory here, and the hub did not give it: {reason} "
+            f"{model} is no directory here, and the hub did not give it: {reason.rstrip('.')}. "
             "Pass a local model directory, or check the id and the network (HF_TOKEN for gated models)."
         ) from error

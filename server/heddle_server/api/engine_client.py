@@ -94,6 +94,11 @@ class EngineClient:
     def is_ready(self) -> bool:
         return self._ready.is_set()
 
+    @property
+    def num_requests(self) -> int:
+        """Requests in flight."""
+        return len(self._outputs)
+
     def start(self) -> None:
         """Launches the engine and keeps one running until `close`."""
         self._context = zmq.asyncio.Context()
@@ -155,7 +160,7 @@ class EngineClient:
 
     def _give_up(self, reason: str) -> None:
         self._failure = reason
-        log.critical("Giving up on the engine: %s", reason)
+        log.debug("giving up on the engine: %s", reason)  # whoever gets `on_failed` tells it
         self._on_failed(reason)
 
     async def _run_engine(self) -> _Exit:
@@ -175,7 +180,7 @@ class EngineClient:
         finally:
             was_ready = self.is_ready
             self._ready.clear()
-            self._end_all("The engine stopped while it worked on this request. Try again shortly.")
+            self.end_all("The engine stopped while it worked on this request. Try again shortly.")
             await self._stop_process(is_listening=was_ready)
             self._socket.close(linger=0)
             shutil.rmtree(directory, ignore_errors=True)
@@ -239,7 +244,7 @@ class EngineClient:
             if queue := self._outputs.get(output.request_id):
                 queue.put_nowait(output)
 
-    def _end_all(self, reason: str) -> None:
+    def end_all(self, reason: str) -> None:
         """Every request in flight ends with an error event."""
         requests, self._outputs = self._outputs, {}
         for request_id, queue in requests.items():

@@ -21,7 +21,8 @@ from heddle_server.api.service import Service
 from heddle_server.config import ConfigError, ServerConfig
 from heddle_server.messages import ModelCard, StartupProgress
 
-SHUTDOWN_SECONDS = 10  # for requests in flight when the server is told to stop
+SHUTDOWN_SECONDS = 10  # for requests in flight when the server is told to stop; then they end with an error
+LAST_WORDS_SECONDS = 2  # for those errors to reach their clients
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,34 @@ def serve(
         run = _Run(config, listener, companion, engine_command)
         # uvicorn raises a signal again when it is done: leave in order then, so that temporary files go.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(run.exit_status))
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # the terminal was closed
         typer.echo(f"heddle: loading {config.engine.model_name} ...")
         with suppress(KeyboardInterrupt):
             run.server.run(sockets=[listener])
     if run.exit_status:
         raise typer.Exit(run.exit_status)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, except that requests in flight are ended in order when their time is up."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_stopping: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._on_stopping = on_stopping
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stopping()
+        ending = asyncio.create_task(self._end_requests())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_requests(self) -> None:
+        engine = self._service.engine
+        if engine.num_requests:
+            typer.echo(f"heddle: finishing {engine.num_requests} requests, {SHUTDOWN_SECONDS} s at most ...")
+        await asyncio.sleep(SHUTDOWN_SECONDS)
+        engine.end_all("The server is shutting down. Try again shortly.")
 
 
 class _Run:
@@ -75,13 +99,23 @@ class _Run:
             )
         except StoreUnusable as error:
             raise ConfigError(error.message) from error
-        self.server = uvicorn.Server(
+        self._is_first_start = True
+        self.server = _Server(
             uvicorn.Config(
-                create_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
-            )
+                create_app(service),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS + LAST_WORDS_SECONDS,
+            ),
+            service,
+            on_stopping=self._dismiss_companion,
         )
 
     def _ready(self, model: ModelCard) -> None:
+        if not self._is_first_start:
+            typer.echo("heddle: the engine is back")
+            return
+        self._is_first_start = False
         _say_ready(self._config, model, self._address)
         if self._companion is not None and self._companion_task is None:
             self._companion_task = asyncio.get_running_loop().create_task(self._accompany(self._companion))
@@ -94,10 +128,16 @@ class _Run:
         try:
             exit_status = await companion(self._address)
         except Exception:
+            if self.server.should_exit:  # it lost its server, as it had to
+                return
             log.exception("What ran beside the server failed.")
             exit_status = 1
         if exit_status is not None:
             self._end(exit_status)
+
+    def _dismiss_companion(self) -> None:
+        if self._companion_task is not None and not self._companion_task.done():
+            self._companion_task.cancel()
 
     def _end(self, exit_status: int) -> None:
         self.exit_status = exit_status

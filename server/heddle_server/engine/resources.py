@@ -10,6 +10,7 @@ from heddle_server.config import EngineConfig
 
 CUDA_FRACTION = 0.85  # of the memory free after loading: the rest is for activations and workspaces
 CPU_FRACTION = 0.25  # a server is rarely alone on a machine's main memory
+CPU_DEFAULT_MAX_BYTES = 1 << 30  # more than that is taken of main memory only when asked for
 # Below this an operation is over before a second thread has woken up, and where another process wants the core, the
 # threads wait for each other: with the 2.5 MiB demo base on two busy cores a step took 7 ms with one thread and
 # 530 ms with two.
@@ -24,7 +25,9 @@ def pool_bytes(config: EngineConfig, device: torch.device) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(free_bytes * (config.memory_fraction or CUDA_FRACTION))
     free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(free_bytes * (config.memory_fraction or CPU_FRACTION))
+    if config.memory_fraction is not None:
+        return int(free_bytes * config.memory_fraction)
+    return min(int(free_bytes * CPU_FRACTION), CPU_DEFAULT_MAX_BYTES)
 
 
 def default_threads(weights_bytes: int) -> int:
