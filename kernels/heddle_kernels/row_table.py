@@ -15,8 +15,7 @@ class RowTable:
     update (a_offset[i], b_offset[i], gain[i], c[i], activation[i]). Rows of several adapters may be listed one after
     another without copying them, which is how a mix is made.
 
-    The host tensors are what the table is changed in; `publish` brings one slot's line to the device. On a CPU device
-    both are the same memory.
+    The tensors lie in host memory, where the table is changed between two steps.
     """
 
     first: Tensor  # [num_slots, num_sites] int32

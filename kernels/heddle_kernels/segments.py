@@ -36,10 +36,6 @@ class Segments:
     def num_tokens(self) -> int:
         return self.start[-1]
 
-    @property
-    def has_adapters(self) -> bool:
-        return any(slot != BASE_SLOT for slot in self.slot)
-
     def with_adapters(self) -> Iterator[tuple[int, int, int]]:
         """(begin, end, slot) of every segment that uses an adapter."""
         for begin, end, slot in zip(self.start, self.start[1:], self.slot, strict=False):
