@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 import scripted_engine
+from heddle_server.api import engine_client
 from heddle_server.api.engine_client import EngineClient, EngineFailed
 from heddle_server.api.errors import EngineUnavailable
 from heddle_server.config import EngineConfig
@@ -128,6 +129,19 @@ def test_deaths_with_answers_between_them_are_not_counted_together() -> None:
                 await outputs(client, request(2 * number))
                 await outputs(client, request(2 * number + 1, seed=scripted_engine.DIES_AT_ONCE))
                 assert not client.is_ready
+            await client.wait_ready()
+
+    asyncio.run(scenario())
+
+
+def test_deaths_of_an_engine_that_was_stable_are_not_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "STABLE_SECONDS", 0.0)
+
+    async def scenario() -> None:
+        async with engine(max_restarts=1) as client:
+            for number in range(3):
+                await client.wait_ready()
+                await outputs(client, request(number, seed=scripted_engine.DIES_AT_ONCE))
             await client.wait_ready()
 
     asyncio.run(scenario())

@@ -81,7 +81,7 @@ class EngineClient:
         self._ready = asyncio.Event()
         self._outputs: dict[int, asyncio.Queue[TokenOutput]] = {}
         self._ready_since: float | None = None  # on the monotonic clock
-        self._failed_starts = 0  # in a row, without one token between them
+        self._failed_starts = 0  # in a row, without one token or STABLE_SECONDS between them
         self._failure: str | None = None
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
@@ -152,6 +152,9 @@ class EngineClient:
                 reason = await self._run_engine()
             except (OSError, zmq.ZMQError) as error:  # no such program, no place for the socket
                 return self._give_up(f"The engine could not be started: {error}.")
+            if self._ready_since is not None and time.monotonic() - self._ready_since > STABLE_SECONDS:
+                self._failed_starts = 0
+            self._ready_since = None
             self._failed_starts += 1
             if reason.is_final or self._failed_starts > self._max_restarts:
                 return self._give_up(reason.text)
