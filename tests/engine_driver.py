@@ -9,6 +9,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from heddle_adapters.mix import AdapterPart
 from heddle_server.engine.engine import Engine
 from heddle_server.messages import TokenOutput
 from heddle_server.request import Request, SamplingParams
@@ -41,14 +42,19 @@ class Answer:
 
 
 def make_request(
-    prompt: list[int], adapter: str | None = None, *, max_tokens: int = 8, salt: bytes = b"", **sampling: object
+    prompt: list[int],
+    adapter: str | tuple[AdapterPart, ...] | None = None,
+    *,
+    max_tokens: int = 8,
+    salt: bytes = b"",
+    **sampling: object,
 ) -> Request:
     options: dict[str, object] = {"temperature": 0.0, "ignore_eos": True, **sampling}
     return Request(
         request_id=next(_request_ids),
         prompt_token_ids=prompt,
         sampling=SamplingParams(max_tokens=max_tokens, **options),  # type: ignore[arg-type]
-        adapter_digest=adapter,
+        adapters=(AdapterPart(adapter),) if isinstance(adapter, str) else adapter or (),
         cache_salt=salt,
     )
 

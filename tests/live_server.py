@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -26,14 +27,14 @@ SCRIPTED_ENGINE = (
 )
 
 
-def server_config(folder: Path, max_upload_bytes: int = 1 << 30) -> ServerConfig:
-    """Settings of a server whose model folder holds nothing but a tokenizer."""
+def server_config(folder: Path, **settings: Any) -> ServerConfig:
+    """Settings of a server whose model folder holds nothing but a tokenizer, and fields of `ServerConfig`."""
     model_path = folder / "model"
     if not model_path.exists():
         save_tokenizer(model_path)
     store_path = folder / "store"
     engine = EngineConfig(model_path=str(model_path), model_name="scripted-model", store_path=str(store_path))
-    return ServerConfig(engine=engine, store_path=store_path, max_upload_bytes=max_upload_bytes)
+    return ServerConfig(engine=engine, store_path=store_path, **settings)
 
 
 @contextmanager
@@ -45,6 +46,7 @@ def live_server(config: ServerConfig, engine_command: Sequence[str] = SCRIPTED_E
         )
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -1,7 +1,8 @@
 """An engine process without a model: it speaks the real messages over the real socket and answers by a script.
 
 It echoes the prompt's byte tokens (ids below 256), one per step, then ends with `EOS`. A request's seed picks
-another script; the model's name picks a fault at start-up.
+another script; the model's name picks a fault at start-up. An adapter comes to the device when it is first asked for
+or pinned, takes one page there, and goes to the host tier when it is not pinned any more.
 """
 
 from __future__ import annotations
@@ -11,20 +12,29 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
 import zmq
 
 from heddle_adapters.base_layout import BaseLayout, Site
+from heddle_adapters.tier import Tier, farthest
 from heddle_server.config import EngineConfig
 from heddle_server.messages import (
     Abort,
+    AdapterMove,
+    AdmissionReport,
+    CachedAdapter,
+    CacheReport,
+    DescribeCache,
     EngineStats,
     ForgetAdapter,
     FromEngine,
     Generate,
     ModelCard,
+    PinAdapters,
+    PrepareAdapter,
     Ready,
     Shutdown,
     StartupFailed,
@@ -40,13 +50,18 @@ EOS = 256
 VOCABULARY_SIZE = 264
 MAX_MODEL_LEN = 64
 STEP_SECONDS = 0.002
+PAGE_BYTES = 1 << 12
+NUM_PAGES = 8
+ADAPTER_BYTES = 3 << 10  # of its one page
+LOAD_SECONDS = 0.125  # what a load is said to have taken
 
 # Scripts, by a request's seed.
 DIES = 1001  # two tokens, then the process is gone
 NEVER_ENDS = 1002
 ADAPTER_DAMAGED = 1003
 DIES_AT_ONCE = 1004
-CRASHES_IN_STEP = 1005
+NEVER_STARTS = 1005  # waits for ever
+DESCRIBES_NOTHING = 1006  # once it has run, questions about the cache get no answer
 
 # Faults at start-up, by the model's name.
 REFUSES_TO_START = "refuses"
@@ -87,9 +102,17 @@ def main() -> None:
 class ScriptedEngine:
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.socket = socket
-        self.running: dict[int, Iterator[TokenOutput]] = {}
+        self.running: dict[int, Iterator[TokenOutput | None]] = {}
+        self.requests: dict[int, Request] = {}
+        self.is_mute = False
         self.num_steps = 0
+        self.num_tokens = 0
         self.num_forgotten = 0  # told as adapter evictions
+        self.tiers: dict[str, Tier] = {}
+        self.pinned: tuple[str, ...] = ()
+        self.uses: Counter[str] = Counter()
+        self.found: Counter[Tier] = Counter()  # requests by where their adapter was
+        self.moves: list[AdapterMove] = []
 
     def serve(self) -> None:
         decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -97,46 +120,124 @@ class ScriptedEngine:
             while self.socket.poll(0 if self.running else None):
                 match decoder.decode(self.socket.recv()):
                     case Generate(request):
-                        self.running[request.request_id] = script(request)
+                        self.add(request)
                     case Abort(request_id):
                         self.running.pop(request_id, None)
-                    case ForgetAdapter():
+                        self.requests.pop(request_id, None)
+                    case ForgetAdapter(digest):
                         self.num_forgotten += 1
+                        self.move(digest, "disk")
+                    case PrepareAdapter():
+                        pass  # there is nothing to compile
+                    case PinAdapters(digests):
+                        for digest in set(self.pinned) - set(digests):
+                            self.move(digest, "host")
+                        self.pinned = digests
+                        for digest in digests:
+                            self.move(digest, "device")
+                    case DescribeCache(query_id):
+                        if not self.is_mute:
+                            send(self.socket, CacheReport(query_id, "cost", self.adapters(), self.stats()))
                     case Shutdown():
                         return
                 self.step()
             time.sleep(STEP_SECONDS)
             self.step()
 
+    def add(self, request: Request) -> None:
+        self.is_mute |= request.sampling.seed == DESCRIBES_NOTHING
+        tier = farthest([self.tiers.get(part.digest, "disk") for part in request.adapters])
+        if tier is not None:
+            self.found[tier] += 1
+        for part in request.adapters:
+            self.uses[part.digest] += 1
+            self.move(part.digest, "device")
+        self.requests[request.request_id] = request
+        self.running[request.request_id] = script(request, tier)
+
+    def move(self, digest: str, target: Tier) -> None:
+        source = self.tiers.get(digest, "disk")
+        if source != target:
+            self.tiers[digest] = target
+            seconds = LOAD_SECONDS if target == "device" else 0.0
+            self.moves.append(AdapterMove(digest, source, target, PAGE_BYTES, seconds))
+
     def step(self) -> None:
         self.num_steps += 1
-        outputs = [next(answer) for answer in self.running.values()]
+        outputs = [output for answer in self.running.values() if (output := next(answer)) is not None]
+        self.num_tokens += len(outputs)
         for output in outputs:
             if output.finish_reason:
                 del self.running[output.request_id]
-        send(self.socket, StepOutput(outputs, self.stats()))
+                del self.requests[output.request_id]
+        moves, self.moves = self.moves, []
+        send(self.socket, StepOutput(outputs, moves, self.stats()))
+
+    def adapters(self) -> list[CachedAdapter]:
+        parts = [part.digest for request in self.requests.values() for part in request.adapters]
+        return [
+            CachedAdapter(
+                adapter_digest=digest,
+                tier=tier,
+                num_pages=1,
+                size_bytes=PAGE_BYTES,
+                num_references=parts.count(digest),
+                num_waiting=0,
+                is_pinned=digest in self.pinned,
+                num_uses=self.uses[digest],
+                idle_seconds=0.0 if digest in parts else 1.5,
+            )
+            for digest, tier in self.tiers.items()
+            if tier != "disk"
+        ]
 
     def stats(self) -> EngineStats:
+        num_waiting = sum(request.sampling.seed == NEVER_STARTS for request in self.requests.values())
+        num_running = len(self.running) - num_waiting
+        tiers = list(self.tiers.values())
         return EngineStats(
-            num_running=len(self.running),
-            num_waiting=0,
-            num_pages=8,
-            num_free_pages=8 - len(self.running),
-            num_kv_pages=len(self.running),
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_pages=NUM_PAGES,
+            num_free_pages=max(0, NUM_PAGES - num_running - tiers.count("device")),
+            num_kv_pages=num_running,
             num_cached_pages=0,
-            num_adapter_pages=0,
-            num_resident_adapters=0,
+            num_adapter_pages=tiers.count("device"),
+            num_resident_adapters=tiers.count("device"),
             num_steps=self.num_steps,
             num_preemptions=0,
-            num_adapter_loads=0,
+            num_pinned_pages=len(self.pinned),
+            num_loading_pages=0,
+            adapter_used_bytes=ADAPTER_BYTES * tiers.count("device"),
+            host_bytes=PAGE_BYTES * tiers.count("host"),
+            host_budget_bytes=1 << 20,
+            num_host_adapters=tiers.count("host"),
+            num_device_hits=self.found["device"],
+            num_host_hits=self.found["host"],
+            num_misses=self.found["disk"],
+            num_adapter_loads=self.found["host"] + self.found["disk"],
             num_adapter_evictions=self.num_forgotten,
+            num_host_evictions=0,
             num_prefix_queries=0,
             num_prefix_hits=0,
+            num_prefix_evictions=0,
+            num_segments=self.num_steps,
+            num_computed_tokens=self.num_tokens,
+            step_seconds=self.num_steps * STEP_SECONDS,
         )
 
 
-def script(request: Request) -> Iterator[TokenOutput]:
-    """The outputs of one request, one per step."""
+def script(request: Request, tier: Tier | None) -> Iterator[TokenOutput | None]:
+    """The outputs of one request, one per step; the first says where its adapter was."""
+    load_seconds = 0.0 if tier in (None, "device") else LOAD_SECONDS
+    admission: AdmissionReport | None = AdmissionReport(tier, load_seconds, load_seconds + STEP_SECONDS)
+    for output in answer(request):
+        if output is not None and output.token_ids and admission is not None:
+            output, admission = msgspec.structs.replace(output, admission=admission), None
+        yield output
+
+
+def answer(request: Request) -> Iterator[TokenOutput | None]:
     seed, limit = request.sampling.seed, request.sampling.max_tokens
     echo = [token_id for token_id in request.prompt_token_ids if token_id < 256]
     if seed == DIES_AT_ONCE:
@@ -145,6 +246,9 @@ def script(request: Request) -> Iterator[TokenOutput]:
         yield TokenOutput(
             request.request_id, [], None, "error", "adapter_damaged", "The stored adapter is damaged; upload it again."
         )
+    if seed == NEVER_STARTS:
+        while True:
+            yield None
     if seed == NEVER_ENDS:
         while True:
             yield token(request, ord("x"), None)
@@ -171,10 +275,10 @@ def model_card() -> ModelCard:
         eos_token_ids=(EOS,),
         weights_bytes=3 << 20,
         weights_4bit_bytes=2 << 20,
-        pool_bytes=8 << 12,
-        page_bytes=1 << 12,
+        pool_bytes=NUM_PAGES * PAGE_BYTES,
+        page_bytes=PAGE_BYTES,
         page_tokens=16,
-        num_pages=8,
+        num_pages=NUM_PAGES,
     )
 
 

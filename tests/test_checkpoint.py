@@ -406,7 +406,7 @@ BAD_JSON = {
     "infinity": (b'{"peft_type": "LORA", "lora_alpha": Infinity}', "not finite"),
     "overflow": (b'{"peft_type": "LORA", "lora_alpha": 1e999}', "'1e999', which is not finite"),
     "duplicate": (b'{"peft_type": "LORA", "peft_type": "IA3"}', "the key 'peft_type' more than once"),
-    "nested": (b'{"a":' * 150_000, "nested too deeply"),
+    "nested": (b'{"a":' * 40_000, "nested too deeply"),
     "too long": (b'{"a": "' + b"x" * 2**20 + b'"}', "at most 1048576 are allowed"),
     "digits": (b'{"r": ' + b"9" * 5000 + b"}", "integer of 5000 digits"),
     "UTF-16": ('{"peft_type": "LORA"}'.encode("utf-16"), "not UTF-8"),

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from byte_tokenizer import save_tokenizer
 from heddle_server.cli import app
 from heddle_server.config import EngineConfig
-from heddle_server.options import ServeOptions, parse_size
+from heddle_server.options import ServeOptions, format_size, parse_size
 from live_server import SCRIPTED_ENGINE, wait_until
 from scripted_engine import NEVER_ENDS
+from test_registry import write_adapter
 
 RUN = "import sys; sys.path[:0] = {paths!r};"
 PATHS = [path for path in sys.path if path]
@@ -48,11 +49,12 @@ def test_the_api_process_never_imports_torch() -> None:
 
 def test_help_is_quick() -> None:
     code = "import time; start = time.process_time(); from heddle_server.cli import app; "
-    code += "print(time.process_time() - start, 'fastapi' in sys.modules)"
-    seconds, imports_fastapi = python(code).communicate(timeout=60)[0].split()
+    code += "print(time.process_time() - start, {'fastapi', 'http.client', 'aiohttp'} & set(sys.modules))"
+    seconds, imported = python(code).communicate(timeout=60)[0].split()
     assert float(seconds) < 0.5
-    assert imports_fastapi == "False"
-    assert CliRunner().invoke(app, ["serve", "--help"]).exit_code == 0
+    assert imported == "set()"
+    for command in (["serve"], ["adapters"], ["adapters", "push"]):
+        assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0
 
 
 def test_version() -> None:
@@ -66,6 +68,7 @@ def test_version() -> None:
         (["--pool-bytes", "1GiB", "--memory-fraction", "0.5"], "both size the page pool"),
         (["--max-model-len", "1"], "--max-model-len is 1"),
         (["--memory-fraction", "2"], "must lie in (0, 1]"),
+        (["--adapters", "/no/such/folder"], "--adapters is /no/such/folder, which is no folder"),
     ],
 )
 def test_settings_that_cannot_be_served_exit_with_2(model: Path, arguments: list[str], message: str) -> None:
@@ -75,6 +78,12 @@ def test_settings_that_cannot_be_served_exit_with_2(model: Path, arguments: list
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_folder_of_adapters_is_not_an_adapter(model: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "sql")
+    result = CliRunner().invoke(app, ["serve", str(model), "--adapters", str(adapter)])
+    assert (result.exit_code, "is itself an adapter" in result.stderr) == (2, True)
 
 
 def test_a_folder_without_a_tokenizer_exits_with_2(tmp_path: Path) -> None:
@@ -104,11 +113,13 @@ def test_every_option_has_an_environment_variable(model: Path, tmp_path: Path, m
 
 
 def test_options_become_the_config(model: Path, tmp_path: Path) -> None:
-    config = ServeOptions(store=tmp_path, dtype="float32", max_model_len=128, port=0).config(str(model))
+    options = ServeOptions(store=tmp_path, dtype="float32", max_model_len=128, port=0, adapters=tmp_path)
+    config = options.config(str(model))
     assert config.engine == EngineConfig(
         model_path=str(model), model_name="my-model", store_path=str(tmp_path), dtype="float32", max_model_len=128
     )
     assert (config.store_path, config.host, config.port) == (tmp_path, "127.0.0.1", 0)
+    assert config.adapters_path == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -118,8 +129,20 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize(
+    ("size", "text"), [(999, "999 B"), (2048, "2 KiB"), (3 << 19, "1.5 MiB"), (5 << 30, "5.00 GiB")]
+)
+def test_sizes_for_people(size: int, text: str) -> None:
+    assert format_size(size) == text
+
+
 def serve_scripted(
-    model: Path, tmp_path: Path, name: str = "scripted", companion: str = "None", shutdown_seconds: float = 10
+    model: Path,
+    tmp_path: Path,
+    name: str = "scripted",
+    companion: str = "None",
+    shutdown_seconds: float = 10,
+    more: str = "",
 ) -> subprocess.Popen[str]:
     """What `heddle serve` does, in a process of its own, in front of the scripted engine."""
     code = f"""
@@ -141,7 +164,7 @@ async def answers(address):
     return 7
 
 def command():
-    options = ServeOptions(served_name={name!r}, port=0, store=Path({str(tmp_path / "store")!r}))
+    options = ServeOptions(served_name={name!r}, port=0, store=Path({str(tmp_path / "store")!r}), {more})
     serve(options.config({str(model)!r}), engine_command={SCRIPTED_ENGINE!r}, companion={companion})
 
 typer.run(command)
@@ -170,6 +193,25 @@ def test_serve_says_what_it_does_and_stops_on_sigterm(model: Path, tmp_path: Pat
     assert time.monotonic() - started < 5
     assert server.returncode == 0
     assert "Traceback" not in errors
+
+
+def test_serve_registers_a_folder_of_adapters_before_it_is_ready(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    for name in ("chat", "team/sql"):
+        write_adapter(folder / name)
+    write_adapter(folder / "bad name")
+    server = serve_scripted(model, tmp_path, more=f"adapters=Path({str(folder)!r})")
+    assert server.stdout is not None
+    lines: list[str] = []
+    while not lines or not lines[-1].startswith("heddle is ready at"):
+        lines.append(server.stdout.readline())
+        assert lines[-1], server.communicate()
+    start = lines.index(f"adapters: 2 registered from {folder}, 1 refused:\n")
+    assert lines[start + 1].startswith("  bad name: The adapter name 'bad name' is not allowed")
+    models = httpx.get(f"{lines[-1].split()[-1]}/v1/models").json()["data"]
+    assert [each["id"] for each in models] == ["scripted", "chat", "team/sql"]
+    server.terminate()
+    server.communicate(timeout=20)
 
 
 def test_an_engine_that_refuses_ends_the_server_with_1(model: Path, tmp_path: Path) -> None:

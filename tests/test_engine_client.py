@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 import pytest
 
 import scripted_engine
+from heddle_adapters.mix import AdapterPart
 from heddle_server.api import engine_client
 from heddle_server.api.engine_client import EngineClient, EngineFailed
 from heddle_server.api.errors import EngineUnavailable
 from heddle_server.config import EngineConfig
-from heddle_server.messages import StartupProgress, TokenOutput
+from heddle_server.messages import StartupProgress, StepOutput, TokenOutput
 from heddle_server.request import Request, SamplingParams
 from live_server import SCRIPTED_ENGINE
 
@@ -30,9 +31,10 @@ async def engine(name: str = "scripted", **options: Callable[..., None] | int) -
         await client.close()
 
 
-def request(number: int, text: str = "Hello", seed: int = 0) -> Request:
+def request(number: int, text: str = "Hello", seed: int = 0, adapter: str | None = None) -> Request:
     sampling = SamplingParams(max_tokens=50, seed=seed)
-    return Request(request_id=number, prompt_token_ids=list(text.encode()), sampling=sampling)
+    parts = () if adapter is None else (AdapterPart(adapter),)
+    return Request(request_id=number, prompt_token_ids=list(text.encode()), sampling=sampling, adapters=parts)
 
 
 async def outputs(client: EngineClient, asked: Request) -> list[TokenOutput]:
@@ -201,5 +203,84 @@ def test_close_ends_requests_in_flight() -> None:
             answer = asyncio.create_task(outputs(client, request(1, seed=scripted_engine.NEVER_ENDS)))
             await until(lambda: client.stats is not None and client.stats.num_running == 1)
         assert (await answer)[-1].error_code == "engine_died"
+
+    asyncio.run(scenario())
+
+
+def test_where_adapters_are_is_mirrored_until_the_engine_ends() -> None:
+    async def scenario() -> None:
+        async with engine() as client:
+            await client.wait_ready()
+            assert client.tier_of("sha256:a") == "disk"
+            await outputs(client, request(1, adapter="sha256:a"))
+            client.pin_adapters(["sha256:b"])
+            await until(lambda: client.tier_of("sha256:b") == "device")
+            assert client.resident_digests() == {"sha256:a", "sha256:b"}
+            client.forget_adapter("sha256:a")
+            client.pin_adapters([])
+            await until(lambda: client.tier_of("sha256:b") == "host")
+            assert client.tier_of("sha256:a") == "disk"
+            assert client.resident_digests() == frozenset()
+            await outputs(client, request(2, seed=scripted_engine.DIES_AT_ONCE, adapter="sha256:c"))
+            await client.wait_ready()
+            assert client.tier_of("sha256:b") == "disk"
+
+    asyncio.run(scenario())
+
+
+def test_every_step_is_told_on() -> None:
+    async def scenario() -> None:
+        steps: list[StepOutput] = []
+        async with engine(on_step=steps.append) as client:
+            await client.wait_ready()
+            await outputs(client, request(1, adapter="sha256:a"))
+            moves = [move for step in steps for move in step.moves]
+            assert [(move.source, move.target) for move in moves] == [("disk", "device")]
+            assert steps[-1].stats == client.stats
+
+    asyncio.run(scenario())
+
+
+def test_the_first_token_says_how_the_request_came_to_it() -> None:
+    async def scenario() -> None:
+        async with engine() as client:
+            await client.wait_ready()
+            for number, tier in enumerate(("disk", "device")):
+                first, *others = await outputs(client, request(number, adapter="sha256:a"))
+                assert first.admission is not None
+                assert first.admission.tier == tier
+                assert all(output.admission is None for output in others)
+
+    asyncio.run(scenario())
+
+
+def test_the_cache_describes_itself() -> None:
+    async def scenario() -> None:
+        async with engine() as client:
+            with pytest.raises(EngineUnavailable):
+                await client.describe_cache()
+            await client.wait_ready()
+            await outputs(client, request(1, adapter="sha256:a"))
+            reports = await asyncio.gather(*(client.describe_cache() for _ in range(5)))
+            assert len({report.query_id for report in reports}) == 5
+            for report in reports:
+                assert [(each.adapter_digest, each.tier) for each in report.adapters] == [("sha256:a", "device")]
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_does_not_describe_its_cache_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with engine() as client:
+            await client.wait_ready()
+            await outputs(client, request(1, seed=scripted_engine.DESCRIBES_NOTHING))
+            monkeypatch.setattr(engine_client, "REPORT_SECONDS", 0.05)
+            with pytest.raises(EngineUnavailable, match="busy"):
+                await client.describe_cache()
+            monkeypatch.setattr(engine_client, "REPORT_SECONDS", 60.0)
+            asking = asyncio.create_task(client.describe_cache())
+            await outputs(client, request(2, seed=scripted_engine.DIES_AT_ONCE))
+            with pytest.raises(EngineUnavailable, match="stopped"):
+                await asking
 
     asyncio.run(scenario())

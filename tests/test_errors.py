@@ -7,7 +7,7 @@ import json
 import pytest
 
 import heddle_adapters.errors
-from heddle_adapters.errors import AdapterError, AdapterNotFound
+from heddle_adapters.errors import AdapterError, AdapterNotFound, StoreUnusable
 from heddle_server.api import errors
 from heddle_server.api.errors import KINDS, ApiError, engine_error, error_response, http_error_response, kind_of
 
@@ -24,7 +24,8 @@ def test_every_typed_error_has_a_row_of_its_own(cls: type[Exception]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: str(kind.code))
 def test_types_follow_the_status(kind: errors.ErrorKind) -> None:
-    assert kind.type == ("server_error" if kind.status >= 500 else "invalid_request_error")
+    expected = "rate_limit_error" if kind.status == 429 else "invalid_request_error"
+    assert kind.type == ("server_error" if kind.status >= 500 else expected)
 
 
 def test_envelope_of_a_typed_error() -> None:
@@ -53,6 +54,9 @@ def test_a_message_that_is_not_unicode_still_encodes() -> None:
 
 def test_unavailable_says_when_to_come_back() -> None:
     assert error_response(errors.EngineUnavailable("loading")).headers["retry-after"] == "2"
+    assert error_response(errors.Overloaded("full", retry_after_seconds=7)).headers["retry-after"] == "7"
+    assert error_response(errors.TenantOverloaded("your share")).headers["retry-after"] == "2"
+    assert error_response(StoreUnusable("in use")).headers["retry-after"] == "2"
     assert "retry-after" not in error_response(errors.InvalidRequest("no")).headers
 
 
@@ -62,6 +66,7 @@ def test_unavailable_says_when_to_come_back() -> None:
         ("engine_died", 503),
         ("adapter_damaged", 422),
         ("adapter_load_failed", 422),
+        ("adapter_too_large", 413),
         ("adapter_capacity", 503),
         ("internal_error", 500),
         (None, 500),
@@ -69,6 +74,22 @@ def test_unavailable_says_when_to_come_back() -> None:
 )
 def test_errors_of_the_engine(code: str | None, status: int) -> None:
     assert kind_of(engine_error(code, "what happened")).status == status
+
+
+def test_the_codes_that_clients_tell_apart() -> None:
+    codes = {kind.code: kind.status for kind in KINDS.values()}
+    expected = {
+        "adapter_not_found": 404,
+        "adapters_not_additive": 400,
+        "adapter_conflict": 400,
+        "adapter_damaged": 422,
+        "adapter_too_large": 413,
+        "adapter_capacity": 503,
+        "pin_capacity": 409,
+        "overloaded": 503,
+        "tenant_overloaded": 429,
+    }
+    assert expected.items() <= codes.items()
 
 
 def test_refusals_of_the_framework() -> None:

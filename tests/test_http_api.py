@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -80,7 +81,16 @@ def test_chat_answers_with_openais_shape(client: httpx.Client) -> None:
         "total_tokens": 14,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
-    assert reply["heddle"] == {"adapter": None, "version": None, "digest": None}
+    heddle = reply["heddle"]
+    assert heddle.pop("ttft_ms") > 0
+    assert heddle == {
+        "adapter": None,
+        "version": None,
+        "digest": None,
+        "cache": None,
+        "load_ms": 0.0,
+        "queue_ms": scripted_engine.STEP_SECONDS * 1000,
+    }
 
 
 def test_stream_frames(client: httpx.Client) -> None:
@@ -248,6 +258,12 @@ def test_max_tokens_is_clamped_only_when_nobody_asked(client: httpx.Client) -> N
         ({"model": "nobody"}, (404, "model_not_found", "model")),
         ({"model": "one", "adapter": "two"}, (400, "adapter_conflict", "adapter")),
         ({"model": "one", "adapter": "base"}, (400, "adapter_conflict", "adapter")),
+        ({"adapter": {"name": "base", "scale": 2}}, (400, "invalid_request", "adapter.scale")),
+        ({"adapter": ["base"]}, (400, "invalid_request", "adapter.0")),
+        ({"adapter": [{"name": "scripted-model"}]}, (400, "invalid_request", "adapter.0")),
+        ({"adapter": ["nobody", "base"]}, (400, "invalid_request", "adapter.1")),
+        ({"adapter": ["nobody", "noone"]}, (404, "adapter_not_found", "adapter")),
+        ({"model": "one", "adapter": ["one", "two"]}, (400, "adapter_conflict", "adapter")),
         ({"lora": "one"}, (400, "unknown_parameter", "lora")),
         ({"n": 2}, (400, "unsupported_parameter", "n")),
         ({"messages": [{"role": "tool", "content": "x"}]}, (400, "unsupported_parameter", "messages.0.role")),
@@ -262,8 +278,8 @@ def test_empty_prompts_and_foreign_tokens(client: httpx.Client) -> None:
     assert refusal(client.post("/v1/completions", json={"prompt": [5, 264]})) == (400, "invalid_request", "prompt")
 
 
-@pytest.mark.parametrize("adapter", ["", "base", "scripted-model", None])
-def test_every_name_of_the_base(client: httpx.Client, adapter: str | None) -> None:
+@pytest.mark.parametrize("adapter", ["", "base", "scripted-model", None, {"name": "base"}])
+def test_every_name_of_the_base(client: httpx.Client, adapter: object) -> None:
     assert client.post(CHAT, json={"messages": HELLO, "adapter": adapter}).status_code == 200
 
 
@@ -324,3 +340,20 @@ def test_a_dead_engine_ends_requests_and_comes_back(client: httpx.Client) -> Non
     assert response.headers["retry-after"] == "2"
     wait_until(lambda: client.get("/readyz").status_code == 200)
     assert client.post(CHAT, json={"messages": HELLO}).status_code == 200
+
+
+def test_a_full_server_refuses_at_once_and_says_when_to_come_back(tmp_path: Path) -> None:
+    with live_server(server_config(tmp_path, max_queued_requests=1)) as client:
+        body = {"messages": HELLO, "seed": scripted_engine.NEVER_ENDS, "stream": True}
+        with client.stream("POST", CHAT, json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            refused = client.post(CHAT, json={"messages": HELLO})
+            assert refusal(refused)[:2] == (503, "overloaded")
+            assert 1 <= int(refused.headers["retry-after"]) <= 30
+        wait_until(lambda: running(client) == 0)
+        assert client.post(CHAT, json={"messages": HELLO}).status_code == 200
+        assert refusal(client.post(CHAT, json={"messages": HELLO, "adapter": "nobody"}))[0] == 404
+        assert refusal(client.post("/v1/completions", json={"prompt": "x" * 64}))[0] == 400
+        assert client.post(CHAT, json={"messages": HELLO}).status_code == 200  # refused requests hold no place
+        assert metric(client, 'heddle_requests_refused_total{reason="requests"}') == 1

@@ -2,92 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
-import torch
 
-from engine_driver import Answer, make_request, run
-from heddle_adapters.checkpoint import read_checkpoint
-from heddle_adapters.store import AdapterStore
-from heddle_server.config import EngineConfig
-from heddle_server.engine.engine import Engine
-from peft_samples import KINDS, make_adapter, tiny_gpt2, tiny_llama, tiny_qwen2
-from tolerances import LOGITS_FP32, MIN_EFFECT_FP32
+from engine_driver import run
+from parity_bench import Bench, ask, assert_is_peft, make_bench
+from peft_samples import KINDS, tiny_gpt2, tiny_llama, tiny_qwen2
 
 pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # PEFT, of merging, which nobody does
-
-VOCABULARY = 128
-RANKS = {"lora": 8, "rslora": 16, "patterns": 5, "lora_bias": 3}
-SETTINGS: dict[str, Any] = {
-    "quantization": "none",
-    "dtype": "float32",
-    "device": "cpu",
-    "pool_bytes": 1 << 22,
-    "max_batch_tokens": 32,  # so that longer prompts are computed in chunks, beside other requests' decodes
-}
-
-
-@dataclass
-class Bench:
-    """One tiny base with one adapter of each kind registered, and PEFT's own model of each."""
-
-    engine: Engine
-    base: Any
-    peft: dict[str, Any] = field(default_factory=dict)
-    digests: dict[str, str | None] = field(default_factory=dict)
-
-    def logits(self, kind: str, token_ids: list[int]) -> torch.Tensor:
-        """PEFT's (or the base's) logits, batch 1, no padding: [num_tokens, vocabulary]."""
-        with torch.inference_mode():
-            model = self.peft.get(kind, self.base)
-            logits: torch.Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0].float()
-        return logits
 
 
 @pytest.fixture(scope="module", params=[tiny_llama, tiny_qwen2, tiny_gpt2], ids=["llama", "qwen2", "gpt2"])
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    make_model: Callable[[], Any] = request.param
-    folder = tmp_path_factory.mktemp("base")
-    base = make_model()
-    base.save_pretrained(folder / "model")
-    engine = Engine(
-        EngineConfig(model_path=str(folder / "model"), model_name="tiny", store_path=str(folder / "store"), **SETTINGS)
-    )
-    bench = Bench(engine, base, digests={"base": None})
-    with AdapterStore(folder / "store") as store:
-        for number, kind in enumerate(KINDS):
-            saved = folder / kind
-            bench.peft[kind] = make_adapter(base, kind, saved, rank=RANKS.get(kind, 4), seed=number)
-            config, weights = (saved / "adapter_config.json").read_bytes(), saved / "adapter_model.safetensors"
-            checkpoint = read_checkpoint(config, weights, engine.model.layout)
-            bench.digests[kind] = store.put(kind, checkpoint, config, weights).digest
-    return bench
-
-
-def prompt_of(length: int) -> list[int]:
-    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
-def ask(bench: Bench, kind: str, length: int) -> Any:
-    return make_request(prompt_of(length), bench.digests[kind], max_tokens=5, num_logprobs=VOCABULARY)
-
-
-def assert_is_peft(bench: Bench, kind: str, answer: Answer) -> None:
-    assert answer.error_message is None
-    assert len(answer.token_ids) == 5
-    token_ids = answer.request.prompt_token_ids + answer.token_ids
-    expected, plain = bench.logits(kind, token_ids), bench.logits("base", token_ids)
-    for number, logprobs in enumerate(answer.logprobs):
-        position = len(answer.request.prompt_token_ids) - 1 + number
-        limit = LOGITS_FP32 * expected[position].abs().clamp(min=1)
-        actual = logprobs + torch.logsumexp(expected[position], dim=-1)
-        assert ((actual - expected[position]).abs() <= limit).all(), f"{kind}: position {position} is off"
-        if kind != "base":
-            effect = (expected[position] - plain[position]).abs().max()
-            assert effect > MIN_EFFECT_FP32 * limit.max(), "the adapter's effect is too small to prove anything"
+    return make_bench(request.param, tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("kind", ["base", *KINDS])

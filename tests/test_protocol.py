@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from heddle_server.api.errors import ApiError, kind_of
 from heddle_server.api.protocol import ChatCompletionRequest, CompletionRequest
 from heddle_server.api.validation import invalid_body
+from heddle_server.api.wire_fields import ScaledAdapter
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -122,7 +123,22 @@ def test_unknown_fields_point_to_the_known_one(field: str, hint: str) -> None:
         ({"logprobs": 3}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"adapter": 5}, "adapter"),
-        ({"adapter": ["a"]}, "adapter"),
+        ({"adapter": True}, "adapter"),
+        ({"adapter": "x" * 300}, "adapter"),
+        ({"adapter": []}, "adapter"),
+        ({"adapter": ["a"] * 9}, "adapter"),
+        ({"adapter": {}}, "adapter.name"),
+        ({"adapter": {"name": 5}}, "adapter.name"),
+        ({"adapter": {"name": "a", "scale": "1"}}, "adapter.scale"),
+        ({"adapter": {"name": "a", "scale": True}}, "adapter.scale"),
+        ({"adapter": {"name": "a", "scale": None}}, "adapter.scale"),
+        ({"adapter": {"name": "a", "scale": 100.5}}, "adapter.scale"),
+        ({"adapter": {"name": "a", "scale": float("nan")}}, "adapter.scale"),
+        ({"adapter": {"name": "a", "scale": float("-inf")}}, "adapter.scale"),
+        ({"adapter": ["a", {"name": "b", "scale": -101}]}, "adapter.1.scale"),
+        ({"adapter": ["a", 5]}, "adapter.1"),
+        ({"adapter": [["a"]]}, "adapter.0"),
+        ({"adapter": [None]}, "adapter.0"),
         ({"model": "x" * 300}, "model"),
         ({"stream": "true"}, "stream"),
         ({"messages": []}, "messages"),
@@ -169,6 +185,24 @@ def test_forms_are_brought_to_one() -> None:
     assert chat(max_completion_tokens=3).token_limit == 3
     assert chat(max_tokens=3).token_limit == 3
     assert completion().token_limit == 16
+
+
+def test_forms_of_the_adapter_field() -> None:
+    assert chat().adapter is None
+    assert chat(adapter="team/sql@prod").adapter == "team/sql@prod"
+    assert chat(adapter={"name": "sql"}).adapter == ScaledAdapter(name="sql", scale=1.0)
+    assert chat(adapter=["sql", {"name": "pirate", "scale": -2}]).adapter == [
+        "sql",
+        ScaledAdapter(name="pirate", scale=-2.0),
+    ]
+    longest = f"{'n' * 96}/{'a' * 96}@sha256:{'f' * 64}"
+    assert chat(adapter=longest).adapter == chat(model=longest).model == longest
+
+
+def test_a_misspelt_scale_is_named() -> None:
+    error = refused(ChatCompletionRequest, {"messages": MESSAGES, "adapter": [{"name": "a", "scales": 2}]})
+    assert (kind_of(error).code, error.param) == ("unknown_parameter", "adapter.0.scales")
+    assert "'scale'" in error.message
 
 
 def test_image_parts_are_refused_by_name() -> None:

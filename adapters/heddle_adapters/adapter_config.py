@@ -18,6 +18,7 @@ CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_MEMBERS = 16_384
 MAX_MODULE_PATHS = 16_384
+MAX_PATH_CHARS = 512  # matching a path takes memory for each of its parts
 
 # Fields of every method that change nothing about what the tensors compute. Which modules an adapter changes is read
 # from its tensors' names; `auto_mapping` names Python classes, which nothing here imports.
@@ -121,6 +122,8 @@ class AdapterConfig:
         return ModulePattern(values)
 
     def _literal_key(self, field: str, key: str) -> LiteralKey:
+        if len(key) > MAX_PATH_CHARS:
+            self.refuse(f"{field} key {quoted(key)}", f"is over {MAX_PATH_CHARS} characters long; write module paths.")
         return LiteralKey.parse(key) or self.refuse(
             f"{field} key {quoted(key)}",
             "is a regular expression, and uploaded ones are never run; write one key per module path or ending.",

@@ -16,10 +16,15 @@ from heddle_adapters.errors import InvalidAdapter, quoted
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 MAX_INTEGER_DIGITS = 19  # any 63-bit count, offset or size
+# An empty object takes 3 bytes of text and 64 of memory, so 8 MiB of text could take 200. A header of 16,384 tensors
+# of four dimensions has 49,153 objects and lists and 163,841 values; so many take 30 MiB at worst.
+MAX_CONTAINERS = 50_000
+MAX_VALUES = 200_000
+MAX_WIDE_BYTES = 2**21  # one emoji makes Python keep all of a text in four bytes a character, as text and as value
 
 
 def parse_object(data: bytes, *, what: str, param: str, max_members: int | None = None) -> dict[str, Json]:
-    """The JSON object in `data`, which is UTF-8.
+    """The JSON object in `data`, which is UTF-8 and which the caller has bounded in length.
 
     `what` names the text in messages, `param` the upload's part that it came from; no object in it may have more
     than `max_members` members. Raises `InvalidAdapter`.
@@ -48,6 +53,12 @@ def parse_object(data: bytes, *, what: str, param: str, max_members: int | None 
             refuse(f"has the number {quoted(text)}, which is not finite")
         return number
 
+    # Every value but the outermost follows a bracket or a comma; those inside of strings count too.
+    num_containers = data.count(b"{") + data.count(b"[")
+    if num_containers > MAX_CONTAINERS or num_containers + data.count(b",") > MAX_VALUES:
+        refuse(f"has more than the {MAX_CONTAINERS} objects and lists or the {MAX_VALUES} values allowed")
+    if len(data) > MAX_WIDE_BYTES and not (data.isascii() and b"\\u" not in data):
+        refuse(f"is over {MAX_WIDE_BYTES} bytes long and not all plain ASCII")
     try:
         value = json.loads(
             data.decode("utf-8"),

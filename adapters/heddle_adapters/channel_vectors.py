@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -73,6 +73,7 @@ class ChannelVectors:
 
     feedforward_modules: tuple[str, ...]
     label: ClassVar[str] = "IA3"
+    combination: ClassVar[Literal["product"]] = "product"
     refused_parts: ClassVar[Mapping[str, str]] = {}
 
     @classmethod

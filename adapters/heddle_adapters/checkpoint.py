@@ -15,7 +15,7 @@ from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.canonical import CompiledAdapter
 from heddle_adapters.content import AdapterContent
 from heddle_adapters.errors import AdapterIncompatible, InvalidAdapter, listed, quoted
-from heddle_adapters.method import SiteSource
+from heddle_adapters.method import Combination, SiteSource
 from heddle_adapters.module_pattern import path_endings
 from heddle_adapters.tensor_file import WEIGHTS_FILE
 
@@ -40,6 +40,11 @@ class Checkpoint:
         return self.content.method.label
 
     @property
+    def combination(self) -> Combination:
+        """How it takes part in a mix."""
+        return self.content.method.combination
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """Paths of the changed modules, in the base's order."""
         return tuple(source.site for source in self.sources)
@@ -52,6 +57,16 @@ class Checkpoint:
     def max_rank(self) -> int:
         return max(source.num_rows for source in self.sources)
 
+    @cached_property
+    def num_row_values(self) -> int:
+        """Numbers in the rows together."""
+        return sum(source.num_rows * source.row_width for source in self.sources)
+
+    @cached_property
+    def num_vector_values(self) -> int:
+        """Numbers in the vectors together."""
+        return sum(source.vector_width for source in self.sources)
+
     @property
     def size_bytes(self) -> int:
         """Size of the weights file."""
@@ -59,13 +74,16 @@ class Checkpoint:
 
     def estimate_bytes(self, row_dtype_bytes: int) -> int:
         """Pool bytes that the compiled rows and vectors take, without alignment and tables."""
-        rows = sum(source.num_rows * source.row_width for source in self.sources)
-        vectors = sum(source.vector_width for source in self.sources)
-        return rows * row_dtype_bytes + vectors * VECTOR_BYTES
+        return pool_bytes(self.num_row_values, self.num_vector_values, row_dtype_bytes)
 
     def compile(self) -> CompiledAdapter:
         """The canonical form, in float32."""
         return CompiledAdapter(self.digest, tuple(source.build(self.content.file.read) for source in self.sources))
+
+
+def pool_bytes(num_row_values: int, num_vector_values: int, row_dtype_bytes: int) -> int:
+    """Bytes of rows and vectors, without alignment and tables."""
+    return num_row_values * row_dtype_bytes + num_vector_values * VECTOR_BYTES
 
 
 def read_checkpoint(config: bytes | Path, weights_path: Path, base: BaseLayout) -> Checkpoint:

@@ -23,7 +23,7 @@ from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.checkpoint import Checkpoint, fit_to_base
 from heddle_adapters.content import AdapterContent
 from heddle_adapters.digest import digest_hex
-from heddle_adapters.errors import AdapterDamaged, InvalidAdapter
+from heddle_adapters.errors import AdapterDamaged, AdapterIncompatible, InvalidAdapter
 from heddle_adapters.tensor_file import WEIGHTS_FILE
 
 CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
@@ -56,7 +56,12 @@ def open_content(store_path: Path, digest: str, base: BaseLayout) -> Checkpoint:
         raise _damaged(digest, error.strerror or "unreadable") from error
     if found != digest:
         raise _damaged(digest, f"its files have the digest {found}")
-    return fit_to_base(content, base)
+    try:
+        return fit_to_base(content, base)
+    except AdapterIncompatible:
+        raise
+    except InvalidAdapter as error:  # once it fitted: what the digest does not cover has changed
+        raise _damaged(digest, error.message) from error
 
 
 def _damaged(digest: str, problem: str) -> AdapterDamaged:

@@ -6,6 +6,7 @@
     ├── InvalidAdapterName    the name breaks the naming rule or is reserved
     ├── AdapterNotFound       no such adapter
     ├── AdapterDamaged        the stored bytes no longer match their digest
+    ├── AdapterExceedsPool    sound, but larger than the whole page pool
     └── StoreUnusable         the store's folder cannot be used by this process
 
 Every message names the field, says what was wrong and what to do. The server's error table maps
@@ -14,6 +15,7 @@ each class to an HTTP status and an OpenAI error code.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 
 MAX_LISTED = 20
@@ -53,15 +55,20 @@ class AdapterDamaged(AdapterError):
     """Stored bytes do not match the digest they are stored under."""
 
 
+class AdapterExceedsPool(AdapterError):
+    """The adapter's rows are larger than the whole page pool, so no eviction could ever make room for them."""
+
+
 class StoreUnusable(AdapterError):
-    """The store's folder is in use by another server or was written by a newer version."""
+    """The store's folder is in use by another server, was written by a newer version, or its index is damaged."""
 
 
 def quoted(text: object) -> str:
-    """Uploaded text as it may appear in a message: escaped, and cut to `MAX_QUOTED_CHARS` characters."""
-    shown = str(text)
-    cut = "..." if len(shown) > MAX_QUOTED_CHARS else ""
-    return repr(shown[:MAX_QUOTED_CHARS]) + cut
+    """Uploaded text as it may appear in a message: escaped, then cut to `MAX_QUOTED_CHARS` characters."""
+    shown = text if isinstance(text, str) else reprlib.repr(text)
+    escaped = repr(shown[:MAX_QUOTED_CHARS])
+    is_whole = len(shown) <= MAX_QUOTED_CHARS and len(escaped) <= MAX_QUOTED_CHARS + 2
+    return escaped if is_whole else escaped[:MAX_QUOTED_CHARS] + "...'"
 
 
 def listed(lines: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -121,6 +121,7 @@ class LowRank:
     alpha_pattern: ModulePattern
     is_rank_stabilised: bool
     has_bias: bool
+    combination: ClassVar[Literal["sum"]] = "sum"
     refused_parts: ClassVar[Mapping[str, str]] = REFUSED_PARTS
 
     @classmethod

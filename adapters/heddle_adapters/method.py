@@ -6,7 +6,7 @@ Nothing outside the families' own files names a method: a new one is a class tha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from heddle_adapters.adapter_config import CONFIG_FILE, AdapterConfig
 from heddle_adapters.base_layout import BaseLayout
@@ -16,6 +16,9 @@ from heddle_adapters.channel_vectors import ChannelVectors
 from heddle_adapters.errors import InvalidAdapter, quoted
 from heddle_adapters.low_rank import LowRank
 from heddle_adapters.tensor_file import TensorInfo
+
+# How an adapter takes part in a mix: what it adds is added up, what it multiplies is multiplied, or it cannot be mixed.
+Combination = Literal["sum", "product", "alone"]
 
 
 class SiteSource(Protocol):
@@ -50,6 +53,10 @@ class AdapterMethod(Protocol):
     @property
     def label(self) -> str:
         """The method's name for people."""
+
+    @property
+    def combination(self) -> Combination:
+        """How the method's adapters take part in a mix."""
 
     @property
     def scalars(self) -> Mapping[str, Json]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 LITERAL_KEY = re.compile(r"(?P<start>\^?)(?P<path>[A-Za-z0-9_-]+(?:\\?\.[A-Za-z0-9_-]+)*)\$?")
 
@@ -37,10 +38,12 @@ class ModulePattern:
     def value_for(self, module: str, default: float) -> float:
         candidates = [LiteralKey(module, is_whole_path=True)]
         candidates += (LiteralKey(ending, is_whole_path=False) for ending in path_endings(module))
-        matching = [key for key in candidates if key in self.values]
-        if len(matching) > 1:
-            return next(value for key, value in self.values.items() if key in matching)
-        return self.values[matching[0]] if matching else default
+        first = min((key for key in candidates if key in self.values), key=self._positions.__getitem__, default=None)
+        return default if first is None else self.values[first]
+
+    @cached_property
+    def _positions(self) -> Mapping[LiteralKey, int]:
+        return {key: position for position, key in enumerate(self.values)}
 
 
 def path_endings(module: str) -> Iterator[str]:

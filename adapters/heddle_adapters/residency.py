@@ -1,160 +1,562 @@
-"""Which adapters are on the device: asked for, loading, resident, idle. Policy only, without torch.
+"""Which adapters are on the device, on their way there, or kept in host memory. Policy only, without torch.
 
-A loader thread reads and packs; the engine's thread places what has been packed between two steps. Two requests for
-one adapter are one load. An adapter in use is never taken away; an idle one gives way when the pool is short.
+    absent -> queued -> reading -> staged -> copying -> resident
+              disk ------------->  host  ------------>  device
+
+Reads are started in the order in which requests arrived, copies when the scheduler wants to start a request and there
+are pages; the loader does both beside the engine's thread, and a table line is written only between two steps. An
+adapter in use is never taken away; an idle one gives way when the pool is short. Two requests for one adapter are one
+load, and a failed load fails those who wait for it.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Protocol
 
-from heddle_adapters.errors import AdapterError
+from heddle_adapters.errors import AdapterError, AdapterExceedsPool
+from heddle_adapters.host_tier import HostTier
+from heddle_adapters.mix import AdapterPart, adapter_key, in_order
+from heddle_adapters.packed_adapter import PackedAdapter
 from heddle_adapters.page_pool import PagePool
 from heddle_adapters.run_allocator import OutOfSpace
+from heddle_adapters.tier import AdapterMove, CachedAdapter, Tier, farthest
 
 if TYPE_CHECKING:  # device_rows needs torch; this file does not
-    from heddle_adapters.device_rows import DeviceRows, PackedAdapter, PlacedAdapter
+    from heddle_adapters.device_rows import DeviceRows, PageMap, PlacedAdapter, PlacedMix
+
+log = logging.getLogger(__name__)
+
+MAX_UNTOLD_MOVES = 10_000  # of an engine in-process that nobody asks
+MAX_READS = 2  # at once; the others stay in queue order and can still be called off
 
 
-class AdapterTooLarge(AdapterError):
-    """The adapter needs more pages than the whole pool has."""
+class AdapterCapacity(AdapterError):
+    """What is pinned leaves the adapter too little room."""
+
+
+class TenantShareFull(OutOfSpace):
+    """The tenant's adapters in use hold its whole share of the pool."""
+
+
+class Loader(Protocol):
+    """What moves bytes beside the engine's thread."""
+
+    def read(self, digest: str) -> Future[PackedAdapter]: ...
+
+    def copy(self, packed: PackedAdapter, page_map: PageMap) -> Future[None]: ...
+
+    def prepare(self, digest: str) -> None: ...
+
+    def forget(self, digest: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class State(Enum):
+    """How far an adapter is on its way to the device."""
+
+    ABSENT = auto()
+    QUEUED = auto()  # to be read when a reader is free
+    READING = auto()
+    STAGED = auto()  # in host memory, held there until it is copied or nobody waits any more
+    COPYING = auto()
+    RESIDENT = auto()
+
+
+@dataclass(eq=False)
+class Adapter:
+    """What is known of one adapter that somebody uses, waits for or has left on the device."""
+
+    digest: str
+    tenant: str  # whose share of the pool it takes
+    state: State = State.ABSENT
+    num_waiting: int = 0  # requests that have not started
+    num_references: int = 0  # running requests, and mixes of them
+    is_pinned: bool = False
+    is_forgotten: bool = False  # to be removed as soon as nobody uses it
+    failure: Exception | None = None  # of the last load, until those who waited for it are gone
+    state_since: float = 0.0
+    packed: PackedAdapter | None = None  # while staged or copying
+    read: Future[PackedAdapter] | None = None
+    copied: Future[None] | None = None
+    page_map: PageMap | None = None  # while copying
+    placed: PlacedAdapter | None = None  # while resident
+    published_at: float = 0.0
+    last_used: float = 0.0
+
+    @property
+    def num_pages(self) -> int:
+        if self.placed is not None:
+            return self.placed.num_pages
+        return self.packed.num_pages if self.packed is not None else 0
+
+    def enter(self, state: State) -> float:
+        """Change the state; the seconds spent in the one before."""
+        now = time.monotonic()
+        seconds, self.state, self.state_since = now - self.state_since, state, now
+        return seconds
 
 
 @dataclass
-class Resident:
-    """An adapter on the device."""
+class MixInUse:
+    """The table line of several adapters together; it goes with the last request that uses it."""
 
-    placed: PlacedAdapter
-    references: int = 0  # running requests that use it
-    last_used: float = 0.0
+    placed: PlacedMix
+    num_references: int = 0
 
 
 class Residency:
     """Adapters by content digest. Called from the engine's thread only."""
 
     def __init__(
-        self,
-        load: Callable[[str], PackedAdapter],
-        rows: DeviceRows,
-        pool: PagePool,
-        on_loaded: Callable[[], None] = lambda: None,
+        self, loader: Loader, rows: DeviceRows, pool: PagePool, host: HostTier, tenant_page_limit: int | None = None
     ) -> None:
-        """`load` runs in the loader thread; `on_loaded` is called there when a load has ended, to wake the engine."""
-        self._load = load
+        """`tenant_page_limit`: pages that one tenant's adapters may take; None = all."""
+        self._loader = loader
         self._rows = rows
         self._pool = pool
-        self._on_loaded = on_loaded
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
-        self._loading: dict[str, Future[PackedAdapter]] = {}
-        self._resident: dict[str, Resident] = {}
-        self._forgotten: set[str] = set()  # to be removed as soon as nobody uses it
+        self._host = host
+        self._tenant_page_limit = tenant_page_limit or pool.num_pages
+        self._adapters: dict[str, Adapter] = {}
+        self._on_the_way: dict[str, Adapter] = {}  # reading or copying
+        self._queue: deque[Adapter] = deque()  # to be read; may hold some that are no longer queued
+        self._mixes: dict[str, MixInUse] = {}
+        self._pinned: set[str] = set()
+        self._tenant_pages: Counter[str] = Counter()
+        self._num_uses: Counter[str] = Counter()
+        self._moves: deque[AdapterMove] = deque(maxlen=MAX_UNTOLD_MOVES)
+        self.num_requests: Counter[Tier] = Counter()  # by the tier in which they found their adapter
+        self.num_resident = 0
+        self.num_pages = 0  # of what is resident, mixes' own pages included
+        self.used_bytes = 0  # of those pages: rows and vectors without alignment and page ends
         self.num_loads = 0
         self.num_evictions = 0
-        pool.add_reclaimer(self)
 
-    @property
-    def num_resident(self) -> int:
-        return len(self._resident)
+    # A request's life: it arrives, is started or goes away, and lets go in the end.
 
-    @property
-    def num_pages(self) -> int:
-        return sum(resident.placed.num_pages for resident in self._resident.values())
+    def arrive(self, parts: Sequence[AdapterPart], tenant: str) -> Tier | None:
+        """Count a new request and what it uses; the farthest tier it found them in. It waits from now on."""
+        for part in parts:
+            self._pool.eviction.touch(part.digest)
+            self._host.touch(part.digest)
+            self._num_uses[part.digest] += 1
+        tier = farthest([self.tier_of(part.digest) for part in parts])
+        if tier is not None:
+            self.num_requests[tier] += 1
+        self.expect(parts, tenant)
+        return tier
 
-    @property
-    def num_idle_pages(self) -> int:
-        return sum(r.placed.num_pages for r in self._resident.values() if r.references == 0)
+    def expect(self, parts: Sequence[AdapterPart], tenant: str) -> None:
+        """A request waits for these adapters; what is not on its way is queued to be read."""
+        for part in parts:
+            adapter = self._known(part.digest, tenant)
+            adapter.num_waiting += 1
+            self._want(adapter)
 
-    def acquire(self, digest: str) -> int | None:
-        """The adapter's slot, with one reference taken; None while it is being loaded.
+    def depart(self, parts: Sequence[AdapterPart]) -> None:
+        """A waiting request waits no more: it was started, has failed or is gone."""
+        for part in parts:
+            adapter = self._adapters[part.digest]
+            assert adapter.num_waiting > 0, f"{part.digest} departed more often than expected"
+            adapter.num_waiting -= 1
+            if adapter.num_waiting == 0:
+                self._call_off(adapter)
 
-        Raises OutOfSpace while it is loaded but the pool is full of things in use, and what the load raised, once: the
-        next request tries again.
+    def acquire(self, parts: Sequence[AdapterPart], tenant: str) -> int | None:
+        """The slot of an adapter or mix, with one reference taken; None while it is on its way.
+
+        Raises OutOfSpace while there is no room for it, what `_check_capacity` raises where waiting would not help,
+        and what the load raised to everyone who waited for it.
         """
-        if (resident := self._resident.get(digest)) is not None:
-            resident.references += 1
-            return resident.placed.slot
-        future = self._loading.get(digest)
-        if future is None:
-            self.prefetch(digest)
-        elif future.done():
-            return self._place(digest, future)
-        return None
+        adapters = [self._known(part.digest, tenant) for part in parts]
+        here = [adapter for adapter in adapters if adapter.state is State.RESIDENT]
+        for adapter in here:  # so that one part of a mix does not give way to another
+            self._refer(adapter)
+        slot = None
+        try:
+            self._check_capacity(adapters)
+            for adapter in adapters:
+                if adapter.failure is not None:
+                    raise adapter.failure
+                if adapter.state is State.STAGED:
+                    self._copy(adapter)
+            if len(here) == len(adapters):
+                slot = self._line_of(parts, adapters)
+        finally:
+            if slot is None:
+                for adapter in here:
+                    self._unrefer(adapter)
+        return slot
 
-    def prefetch(self, digest: str) -> None:
-        """Start loading, unless it is resident or on its way."""
-        if digest in self._resident or digest in self._loading:
-            return
-        future = self._loader.submit(self._load, digest)
-        self._loading[digest] = future
-        future.add_done_callback(lambda _: self._on_loaded())
+    def release(self, parts: Sequence[AdapterPart]) -> None:
+        """One running request less uses them."""
+        if (mix := self._mixes.get(key := adapter_key(parts))) is not None:
+            mix.num_references -= 1
+            if mix.num_references == 0:
+                del self._mixes[key]
+                self.num_pages -= mix.placed.num_pages
+                self._rows.remove_mix(mix.placed)
+        for part in parts:
+            self._unrefer(self._adapters[part.digest])
 
-    def abandon(self, digest: str) -> None:
-        """Nobody waits for it any more: let go of what has been or would be loaded."""
-        if (future := self._loading.pop(digest, None)) is not None:
-            future.cancel()
+    def ready_at(self, parts: Sequence[AdapterPart]) -> float:
+        """When the last of these resident adapters came to the device, on the monotonic clock."""
+        return max((self._adapters[part.digest].published_at for part in parts), default=0.0)
 
-    def release(self, digest: str) -> None:
-        """One running request less uses it."""
-        resident = self._resident[digest]
-        assert resident.references > 0, f"{digest} released more often than acquired"
-        resident.references -= 1
-        resident.last_used = time.monotonic()
-        if resident.references == 0 and digest in self._forgotten:
-            self._remove(digest)
+    # What the operator and the store say.
+
+    def prepare(self, digest: str) -> None:
+        """Content was stored: make its rows when there is time."""
+        self._loader.prepare(digest)
+
+    def pin(self, digests: Sequence[str], tenant: str) -> None:
+        """These, and no others, stay on the device from now on; missing ones are loaded."""
+        wanted = set(digests)
+        for digest in self._pinned - wanted:
+            adapter = self._adapters.get(digest)
+            if adapter is not None and adapter.is_pinned:
+                adapter.is_pinned = False
+                self._settle(adapter)
+        for digest in wanted - self._pinned:
+            adapter = self._known(digest, tenant)
+            adapter.is_pinned = True
+            self._pool.eviction.withdraw(adapter.digest)
+            self._want(adapter)
+        self._pinned = wanted
 
     def forget(self, digest: str) -> None:
-        """Remove it now if nobody uses it, else when the last request lets go."""
-        self.abandon(digest)
-        if (resident := self._resident.get(digest)) is None:
-            return
-        if resident.references == 0:
-            self._remove(digest)
-        else:
-            self._forgotten.add(digest)
+        """Content is gone: remove it everywhere, from the device when the last request lets go."""
+        self._loader.forget(digest)
+        self._host.drop(digest)
+        self._pinned.discard(digest)
+        self._num_uses.pop(digest, None)
+        if (adapter := self._adapters.get(digest)) is not None:
+            adapter.is_pinned = False
+            adapter.is_forgotten = True
+            self._settle(adapter)
 
-    def oldest_idle(self) -> float | None:
-        return min((r.last_used for r in self._resident.values() if r.references == 0), default=None)
+    # Between two steps.
 
-    def reclaim_oldest(self) -> None:
-        idle = [(resident.last_used, digest) for digest, resident in self._resident.items() if not resident.references]
-        self._remove(min(idle)[1])
-        self.num_evictions += 1
+    def advance(self) -> None:
+        """Take in what the loader has done, start the next reads, bring missing pinned adapters."""
+        for adapter in list(self._on_the_way.values()):
+            if adapter.read is not None and adapter.read.done():
+                self._has_been_read(adapter, adapter.read)
+            elif adapter.copied is not None and adapter.copied.done():
+                self._has_been_copied(adapter, adapter.copied)
+        for digest in self._pinned:
+            self._bring_pinned(self._adapters[digest])
+        self._start_reads()
+        for digest in self._host.evicted():
+            if digest not in self._adapters or self._adapters[digest].state is not State.RESIDENT:
+                self._moves.append(AdapterMove(digest, "host", "disk", 0))
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether pages are being filled that may come free again."""
+        return any(adapter.state is State.COPYING for adapter in self._on_the_way.values())
+
+    # What is told.
+
+    def tier_of(self, digest: str) -> Tier:
+        adapter = self._adapters.get(digest)
+        if adapter is not None and adapter.state is State.RESIDENT:
+            return "device"
+        return "host" if self._host.get(digest) is not None else "disk"
+
+    def take_moves(self) -> list[AdapterMove]:
+        """Every change of tier since this was last asked."""
+        moves = list(self._moves)
+        self._moves.clear()
+        return moves
+
+    def describe(self) -> list[CachedAdapter]:
+        """Everything nearer than the disk."""
+        digests = {digest for digest, adapter in self._adapters.items() if adapter.state is State.RESIDENT}
+        return [self._description(digest) for digest in sorted(digests.union(self._host.digests()))]
+
+    @property
+    def num_pinned_pages(self) -> int:
+        return sum(self._adapters[digest].num_pages for digest in self._pinned)
+
+    @property
+    def num_loading_pages(self) -> int:
+        return sum(adapter.num_pages for adapter in self._on_the_way.values() if adapter.state is State.COPYING)
 
     def check_integrity(self) -> None:
-        """Every resident adapter's pages are held exactly once, by it."""
-        for digest, resident in self._resident.items():
-            for first, length in resident.placed.run_pages:
-                for page in range(first, first + length):
-                    assert self._pool.references(page) == 1, f"page {page} of {digest} is shared or free"
+        """References, states and pages agree with each other."""
+        held = Counter[str]()
+        for adapter in self._adapters.values():
+            assert adapter.num_waiting >= 0, f"{adapter.digest} has {adapter.num_waiting} waiting"
+            assert adapter.num_references >= 0, f"{adapter.digest} has {adapter.num_references} references"
+            assert (adapter.placed is not None) == (adapter.state is State.RESIDENT), f"{adapter.digest} misplaced"
+            pages = adapter.placed.page_map if adapter.placed is not None else adapter.page_map
+            if pages is None:
+                assert not adapter.num_references, f"{adapter.digest} is used and not resident"
+                continue
+            held[adapter.tenant] += adapter.num_pages
+            for page in pages.pages.tolist():
+                assert self._pool.references(page) == 1, f"page {page} of {adapter.digest} is shared or free"
+        assert held == +self._tenant_pages, "tenants' pages miscounted"
+        resident = [adapter for adapter in self._adapters.values() if adapter.placed is not None]
+        mix_pages = sum(mix.placed.num_pages for mix in self._mixes.values())
+        assert self.num_resident == len(resident), "resident adapters miscounted"
+        assert self.num_pages == sum(adapter.num_pages for adapter in resident) + mix_pages, "pages miscounted"
 
     def close(self) -> None:
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
 
-    def _place(self, digest: str, future: Future[PackedAdapter]) -> int:
-        """Bring a finished load into the pool."""
-        try:
-            packed = future.result()
-            if packed.num_pages > self._pool.num_pages:
-                raise AdapterTooLarge(
-                    f"The adapter needs {packed.num_pages} pages; the whole pool has {self._pool.num_pages}. "
-                    "Start the server with a larger --pool-bytes."
-                )
-            placed = self._rows.place(packed)
-        except OutOfSpace:
-            raise  # it stays loaded, for when there is room
-        except Exception:
-            del self._loading[digest]
-            raise
-        del self._loading[digest]
-        self._forgotten.discard(digest)
-        self._resident[digest] = Resident(placed, references=1)
-        self.num_loads += 1
-        return placed.slot
+    # On the way to the device.
 
-    def _remove(self, digest: str) -> None:
-        self._rows.remove(self._resident.pop(digest).placed)
-        self._forgotten.discard(digest)
+    def _known(self, digest: str, tenant: str) -> Adapter:
+        return self._adapters.setdefault(digest, Adapter(digest, tenant))
+
+    def _want(self, adapter: Adapter) -> None:
+        """See that it is on its way, from wherever it is."""
+        adapter.is_forgotten = False
+        if adapter.state is not State.ABSENT or adapter.failure is not None:
+            return
+        self._host.hold(adapter.digest)  # until it is absent or resident again
+        adapter.packed = self._host.get(adapter.digest)
+        if adapter.packed is not None:
+            adapter.enter(State.STAGED)
+        else:
+            self._queue.append(adapter)
+            adapter.enter(State.QUEUED)
+
+    def _start_reads(self) -> None:
+        """In queue order, as many at once as there are readers, and no further ahead than host memory allows."""
+        num_reads = sum(adapter.state is State.READING for adapter in self._on_the_way.values())
+        while self._queue and num_reads < MAX_READS:
+            num_held_bytes = self._host.num_held_bytes
+            if num_held_bytes >= self._host.budget_bytes and (num_held_bytes or num_reads):
+                return  # what has been read must go to the device first
+            adapter = self._queue.popleft()
+            if adapter.state is State.QUEUED:
+                adapter.state = State.READING  # its time counts from when it was queued
+                adapter.read = self._loader.read(adapter.digest)
+                self._on_the_way[adapter.digest] = adapter
+                num_reads += 1
+
+    def _has_been_read(self, adapter: Adapter, read: Future[PackedAdapter]) -> None:
+        adapter.read = None
+        del self._on_the_way[adapter.digest]
+        if read.cancelled():
+            self._leave_host(adapter)
+        elif (error := read.exception()) is not None:
+            self._fail(adapter, error)
+        else:
+            packed = adapter.packed = self._host.put(read.result())
+            seconds = adapter.enter(State.STAGED)
+            self._moves.append(AdapterMove(adapter.digest, "disk", "host", packed.size_bytes, seconds))
+        if adapter.num_waiting == 0:
+            self._call_off(adapter)
+        elif adapter.state is State.ABSENT:
+            self._want(adapter)  # called off, and asked for again before that was seen
+
+    def _copy(self, adapter: Adapter) -> None:
+        """Take pages for a staged adapter and start filling them. Raises OutOfSpace."""
+        packed = adapter.packed
+        assert packed is not None, f"{adapter.digest} is not staged"
+        self._make_room_in_share(adapter, packed.num_pages)
+        adapter.page_map = self._rows.reserve(packed)
+        self._tenant_pages[adapter.tenant] += packed.num_pages
+        adapter.copied = self._loader.copy(packed, adapter.page_map)
+        adapter.enter(State.COPYING)
+        self._on_the_way[adapter.digest] = adapter
+
+    def _has_been_copied(self, adapter: Adapter, copied: Future[None]) -> None:
+        packed, page_map = adapter.packed, adapter.page_map
+        assert packed is not None, f"{adapter.digest} was copied from nowhere"
+        assert page_map is not None, f"{adapter.digest} was copied to nowhere"
+        adapter.packed = adapter.page_map = adapter.copied = None
+        del self._on_the_way[adapter.digest]
+        if (error := copied.exception()) is not None:
+            self._rows.cancel(page_map)
+            self._tenant_pages[adapter.tenant] -= packed.num_pages
+            self._fail(adapter, error)
+        else:
+            adapter.placed = self._rows.publish(packed, page_map)
+            seconds = adapter.enter(State.RESIDENT)
+            adapter.published_at = adapter.state_since
+            self._count_resident(adapter.placed, 1)
+            self.num_loads += 1
+            self._moves.append(AdapterMove(adapter.digest, "host", "device", packed.size_bytes, seconds))
+            self._host.release(adapter.digest)
+        self._settle(adapter)
+
+    def _bring_pinned(self, adapter: Adapter) -> None:
+        """A pinned adapter comes as soon as there is room, asked for or not."""
+        if adapter.state is State.STAGED:
+            with suppress(OutOfSpace):
+                self._copy(adapter)
+
+    def _check_capacity(self, adapters: Sequence[Adapter]) -> None:
+        """Whether they could lie on the device together if nothing ran.
+
+        Raises `AdapterCapacity` while what is pinned leaves too little room, `AdapterExceedsPool` where even that
+        would not help.
+        """
+        num_pages = sum(adapter.num_pages for adapter in adapters)
+        asked = {adapter.digest for adapter in adapters}
+        num_pinned = sum(self._adapters[digest].num_pages for digest in self._pinned - asked)
+        if num_pages > self._pool.num_pages:
+            raise AdapterExceedsPool(
+                f"{_needs(adapters, num_pages)}; the pool has {self._pool.num_pages}. "
+                "Start the server with a larger --pool-bytes.",
+                param="adapter",
+            )
+        if num_pages > self._tenant_page_limit:
+            raise AdapterExceedsPool(
+                f"{_needs(adapters, num_pages)}; a tenant's adapters may take {self._tenant_page_limit}. "
+                "Start the server with a larger --tenant-pool-share or --pool-bytes.",
+                param="adapter",
+            )
+        if num_pages > self._pool.num_pages - num_pinned:
+            raise AdapterCapacity(
+                f"{_needs(adapters, num_pages)}; the pool has {self._pool.num_pages}, {num_pinned} of them pinned. "
+                "Unpin some adapters, or start the server with a larger --pool-bytes.",
+                param="adapter",
+            )
+
+    def _make_room_in_share(self, adapter: Adapter, num_pages: int) -> None:
+        """Let a tenant's own idle adapters give way before its share is exceeded. Raises `TenantShareFull`."""
+        excess = self._tenant_pages[adapter.tenant] + num_pages - self._tenant_page_limit
+        if excess <= 0:
+            return
+        idle = [
+            each
+            for each in self._adapters.values()
+            if each.tenant == adapter.tenant and each.digest in self._pool.eviction
+        ]
+        if sum(each.num_pages for each in idle) < excess:
+            raise TenantShareFull(f"tenant {adapter.tenant!r} holds its share of {self._tenant_page_limit} pages")
+        for each in sorted(idle, key=lambda each: self._pool.eviction.priority(each.digest)):
+            if excess > 0:
+                excess -= each.num_pages
+                self._pool.eviction.pop(each.digest).give_back()
+
+    def _fail(self, adapter: Adapter, error: BaseException) -> None:
+        adapter.failure = error if isinstance(error, Exception) else AdapterError(str(error))
+        if adapter.is_pinned:
+            log.warning("a pinned adapter cannot be loaded: %s", error)
+        self._leave_host(adapter)
+
+    def _leave_host(self, adapter: Adapter) -> None:
+        """It is not on its way any more; the host tier may keep it or not."""
+        adapter.packed = None
+        adapter.enter(State.ABSENT)
+        self._host.release(adapter.digest)
+
+    def _call_off(self, adapter: Adapter) -> None:
+        """Nobody waits for it any more: what has not been started need not be."""
+        adapter.failure = None
+        if adapter.is_pinned:
+            return
+        if adapter.state is State.QUEUED:
+            self._queue.remove(adapter)
+            self._leave_host(adapter)
+        elif adapter.read is not None:
+            adapter.read.cancel()  # if it has begun it goes on, into the host tier
+        elif adapter.state is State.STAGED:
+            self._leave_host(adapter)
+        self._settle(adapter)
+
+    # On the device.
+
+    def _line_of(self, parts: Sequence[AdapterPart], adapters: list[Adapter]) -> int:
+        if len(parts) == 1 and parts[0].scale == 1.0:
+            return _placed(adapters[0]).slot
+        mix = self._mixes.get(key := adapter_key(parts))
+        if mix is None:
+            ordered = [(_placed(self._adapters[part.digest]), part.scale) for part in in_order(parts)]
+            mix = self._mixes[key] = MixInUse(self._rows.compose(ordered))
+            self.num_pages += mix.placed.num_pages
+        mix.num_references += 1
+        return mix.placed.slot
+
+    def _refer(self, adapter: Adapter) -> None:
+        adapter.num_references += 1
+        self._pool.eviction.withdraw(adapter.digest)
+
+    def _unrefer(self, adapter: Adapter) -> None:
+        assert adapter.num_references > 0, f"{adapter.digest} released more often than acquired"
+        adapter.num_references -= 1
+        adapter.last_used = time.monotonic()
+        self._settle(adapter)
+
+    def _settle(self, adapter: Adapter) -> None:
+        """What becomes of an adapter that may just have lost its last user."""
+        if adapter.num_references or adapter.state in (State.READING, State.COPYING):
+            return
+        if adapter.state is State.RESIDENT:
+            if adapter.is_forgotten:
+                self._pool.eviction.forget(adapter.digest)
+                self._remove(adapter)
+            elif not adapter.is_pinned and adapter.digest not in self._pool.eviction:
+                size_bytes = adapter.num_pages * self._pool.page_bytes
+                self._pool.eviction.offer(adapter.digest, size_bytes, size_bytes, lambda: self._evict(adapter))
+        if adapter.state is State.ABSENT and not adapter.num_waiting and not adapter.is_pinned:
+            if adapter.is_forgotten:
+                self._host.drop(adapter.digest)
+            self._adapters.pop(adapter.digest, None)
+
+    def _evict(self, adapter: Adapter) -> None:
+        """The pool is short and this idle adapter is worth least."""
+        self.num_evictions += 1
+        self._remove(adapter)
+
+    def _remove(self, adapter: Adapter) -> None:
+        placed = _placed(adapter)
+        self._rows.remove(placed)
+        self._count_resident(placed, -1)
+        self._tenant_pages[adapter.tenant] -= placed.num_pages
+        adapter.placed = None
+        adapter.enter(State.ABSENT)
+        size_bytes = placed.num_pages * self._pool.page_bytes
+        self._moves.append(AdapterMove(adapter.digest, "device", self.tier_of(adapter.digest), size_bytes))
+        if adapter.num_waiting:
+            self._want(adapter)
+        else:
+            self._settle(adapter)
+
+    def _count_resident(self, placed: PlacedAdapter, sign: int) -> None:
+        self.num_resident += sign
+        self.num_pages += sign * placed.num_pages
+        self.used_bytes += sign * placed.used_bytes
+
+    def _description(self, digest: str) -> CachedAdapter:
+        adapter = self._adapters.get(digest)
+        packed = self._host.get(digest)
+        num_pages = (
+            adapter.num_pages if adapter is not None and adapter.num_pages else packed.num_pages if packed else 0
+        )
+        is_idle = adapter is not None and not adapter.num_references and adapter.last_used > 0
+        return CachedAdapter(
+            adapter_digest=digest,
+            tier=self.tier_of(digest),
+            num_pages=num_pages,
+            size_bytes=num_pages * self._pool.page_bytes,
+            num_references=adapter.num_references if adapter else 0,
+            num_waiting=adapter.num_waiting if adapter else 0,
+            is_pinned=digest in self._pinned,
+            num_uses=self._num_uses[digest],
+            idle_seconds=time.monotonic() - adapter.last_used if adapter is not None and is_idle else 0.0,
+        )
+
+
+def _placed(adapter: Adapter) -> PlacedAdapter:
+    assert adapter.placed is not None, f"{adapter.digest} is not on the device"
+    return adapter.placed
+
+
+def _needs(adapters: Sequence[Adapter], num_pages: int) -> str:
+    return f"The {'adapter needs' if len(adapters) == 1 else 'adapters together need'} {num_pages} pages"

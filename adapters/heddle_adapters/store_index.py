@@ -1,16 +1,33 @@
-"""Which name means which version: a small SQLite database, whose commit is what makes an upload count."""
+"""Which name means which versions: a small SQLite database, whose commit is what makes an upload count.
+
+A name's whole meaning is one immutable `AdapterRecord`; every change of it is `replace`, one transaction from the
+record before to the record after. Rows of versions that were deleted stay, so that numbers only grow and a digest in
+an old reply can be traced; their content does not.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from heddle_adapters.errors import StoreUnusable
+from heddle_adapters.checkpoint import pool_bytes
+from heddle_adapters.digest import digest_hex
+from heddle_adapters.errors import AdapterError, StoreUnusable, quoted
+from heddle_adapters.method import Combination
+from heddle_adapters.names import LATEST, check_alias
 
 LOCAL_OWNER = "local"  # the only owner until there are tenants
+
+MAX_TAGS = 32
+MAX_TAG_CHARS = 64
+MAX_DESCRIPTION_CHARS = 2000
+MAX_TTL_SECONDS = 100 * 366 * 24 * 3600
 
 # The n-th entry brings a database from version n to n + 1. Entries are never edited once released.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -32,6 +49,40 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """,
         "CREATE UNIQUE INDEX current_versions ON versions (owner, name) WHERE is_current",
     ),
+    (
+        # Until now only a name's current version kept its content, so the same column says which versions exist.
+        "DROP INDEX current_versions",
+        "ALTER TABLE versions RENAME COLUMN is_current TO is_stored",
+        "CREATE INDEX stored_versions ON versions (owner, name, version) WHERE is_stored",
+        # Nobody counted the values of the versions that are there; 0 says so until the same content is put again.
+        "ALTER TABLE versions ADD COLUMN num_row_values INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE versions ADD COLUMN num_vector_values INTEGER NOT NULL DEFAULT 0",
+        # What could be stored until now either had rows, which add, or had none and scaled channels.
+        "ALTER TABLE versions ADD COLUMN combination TEXT NOT NULL DEFAULT 'alone'",
+        "UPDATE versions SET combination = CASE max_rank WHEN 0 THEN 'product' ELSE 'sum' END",
+        """
+        CREATE TABLE names (
+            owner TEXT NOT NULL,
+            name TEXT NOT NULL,
+            description TEXT NOT NULL,
+            tags TEXT NOT NULL,
+            is_pinned INTEGER NOT NULL,
+            expires_unix_seconds INTEGER,
+            PRIMARY KEY (owner, name)
+        )
+        """,
+        "INSERT INTO names SELECT owner, name, '', '[]', 0, NULL FROM versions WHERE is_stored",
+        """
+        CREATE TABLE aliases (
+            owner TEXT NOT NULL,
+            name TEXT NOT NULL,
+            alias TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            PRIMARY KEY (owner, name, alias)
+        )
+        """,
+        "CREATE TABLE quarantined (digest TEXT NOT NULL PRIMARY KEY, reason TEXT NOT NULL)",
+    ),
 )
 
 
@@ -48,6 +99,131 @@ class AdapterVersion:
     num_rows: int
     size_bytes: int  # of the weights file
     created_unix_seconds: int
+    num_row_values: int  # numbers in its rows; with num_vector_values 0 if a heddle stored it that did not count
+    num_vector_values: int  # numbers in its float32 vectors
+    combination: Combination
+
+    @property
+    def reference(self) -> str:
+        """What means this version for ever: "sql@3"."""
+        return f"{self.name}@{self.version}"
+
+    def estimate_bytes(self, row_dtype_bytes: int) -> int:
+        """Pool bytes of its rows and vectors, without alignment and tables; 0 where they were not counted."""
+        return pool_bytes(self.num_row_values, self.num_vector_values, row_dtype_bytes)
+
+
+@dataclass(frozen=True)
+class AdapterDetails:
+    """What may be said about a name beside the files; None leaves it as it is."""
+
+    alias: str | None = None  # moved to the new version together with the upload
+    tags: tuple[str, ...] | None = None
+    description: str | None = None
+    is_pinned: bool | None = None
+    ttl_seconds: int | None = None  # from now; 0 = for ever
+
+    def __post_init__(self) -> None:
+        """Raises `InvalidAdapterName` for the alias and `AdapterError` for what else is out of bounds."""
+        if self.alias is not None:
+            check_alias(self.alias)
+        if self.tags is not None:
+            _check_tags(self.tags)
+        if self.description is not None and not _is_text(self.description, MAX_DESCRIPTION_CHARS):
+            message = f"The description must be Unicode text of at most {MAX_DESCRIPTION_CHARS} characters."
+            raise AdapterError(message, param="description")
+        if self.ttl_seconds is not None and not 0 <= self.ttl_seconds <= MAX_TTL_SECONDS:
+            message = f"The time to live is {self.ttl_seconds} seconds; 0 (for ever) to {MAX_TTL_SECONDS} are allowed."
+            raise AdapterError(message, param="ttl_seconds")
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What a name means now."""
+
+    versions: tuple[AdapterVersion, ...]  # those that exist, oldest first; at least one
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    is_pinned: bool = False
+    expires_unix_seconds: int | None = None  # None = never
+    aliases: Mapping[str, int] = field(default_factory=dict)  # to the number of an existing version
+
+    @property
+    def latest(self) -> AdapterVersion:
+        return self.versions[-1]
+
+    @property
+    def name(self) -> str:
+        return self.latest.name
+
+    @property
+    def owner(self) -> str:
+        return self.latest.owner
+
+    @property
+    def num_versions(self) -> int:
+        return len(self.versions)
+
+    @property
+    def created_unix_seconds(self) -> int:
+        """When the first version that still exists was uploaded."""
+        return self.versions[0].created_unix_seconds
+
+    @cached_property
+    def meanings(self) -> Mapping[str | None, AdapterVersion]:
+        """The version that each selector means; a digest means the newest version that has it."""
+        numbers = {version.version: version for version in self.versions}
+        return {
+            None: self.latest,
+            LATEST: self.latest,
+            **{str(number): version for number, version in numbers.items()},
+            **{version.digest: version for version in self.versions},
+            **{alias: numbers[number] for alias, number in self.aliases.items()},
+        }
+
+    def aliases_of(self, version: AdapterVersion) -> tuple[str, ...]:
+        return tuple(alias for alias, number in self.aliases.items() if number == version.version)
+
+    def is_expired(self, now_unix_seconds: int) -> bool:
+        return self.expires_unix_seconds is not None and self.expires_unix_seconds <= now_unix_seconds
+
+    def with_version(self, version: AdapterVersion) -> AdapterRecord:
+        """With a newer version."""
+        return replace(self, versions=(*self.versions, version))
+
+    def without_version(self, version: AdapterVersion) -> AdapterRecord | None:
+        """Without a version that has no alias; None if it was the only one."""
+        versions = tuple(kept for kept in self.versions if kept != version)
+        return replace(self, versions=versions) if versions else None
+
+    def with_newest(self, num_versions: int | None) -> AdapterRecord:
+        """With that many newest versions and the aliased ones only; None keeps all."""
+        if num_versions is None:
+            return self
+        kept = {*self.versions[-num_versions:], *(self.meanings[alias] for alias in self.aliases)}
+        return replace(self, versions=tuple(version for version in self.versions if version in kept))
+
+    def with_alias(self, alias: str, version: AdapterVersion) -> AdapterRecord:
+        return replace(self, aliases={**self.aliases, alias: version.version})
+
+    def without_alias(self, alias: str) -> AdapterRecord:
+        return replace(self, aliases={key: number for key, number in self.aliases.items() if key != alias})
+
+    def with_details(self, details: AdapterDetails, now_unix_seconds: int) -> AdapterRecord:
+        """With everything that `details` says; its alias means the latest version."""
+        record = self
+        if details.alias is not None:
+            record = record.with_alias(details.alias, record.latest)
+        if details.tags is not None:
+            record = replace(record, tags=tuple(dict.fromkeys(details.tags)))
+        if details.description is not None:
+            record = replace(record, description=details.description)
+        if details.is_pinned is not None:
+            record = replace(record, is_pinned=details.is_pinned)
+        if details.ttl_seconds is not None:
+            expires = now_unix_seconds + details.ttl_seconds if details.ttl_seconds else None
+            record = replace(record, expires_unix_seconds=expires)
+        return record
 
 
 COLUMNS = ", ".join(AdapterVersion.__dataclass_fields__)
@@ -55,66 +231,146 @@ PLACES = ", ".join("?" for _ in AdapterVersion.__dataclass_fields__)
 
 
 class StoreIndex:
-    """The table of versions. Not thread-safe: the caller lets in one thread at a time."""
+    """The tables above. Not thread-safe: the caller lets in one thread at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens or creates the database; raises `StoreUnusable` for one that a newer heddle wrote."""
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version > len(MIGRATIONS):
-            self._connection.close()
-            raise StoreUnusable(f"The store's index has version {version}, and this heddle knows {len(MIGRATIONS)}.")
-        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
-            with self._transaction():
-                for statement in statements:
-                    self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA user_version = {number}")
+    def __init__(self, path: Path, *, must_exist: bool) -> None:
+        """Opens the database, or creates it unless `must_exist`; raises `StoreUnusable`."""
+        with _reading(), ExitStack() as opened:
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            opened.callback(self._connection.close)
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            self._migrate(must_exist)
+            opened.pop_all()
 
     def close(self) -> None:
         self._connection.close()
 
-    def current(self) -> tuple[AdapterVersion, ...]:
-        """The versions that names mean now, by name."""
-        return self._select("is_current ORDER BY name")
+    def records(self) -> dict[str, AdapterRecord]:
+        """What each name means, by name; raises `StoreUnusable` where the database is damaged."""
+        with _reading():
+            return self._read_records()
 
-    def versions(self, name: str) -> tuple[AdapterVersion, ...]:
-        """Every version that a name ever had, oldest first."""
-        return self._select("owner = ? AND name = ? ORDER BY version", LOCAL_OWNER, name)
+    def quarantined(self) -> dict[str, str]:
+        """Digests of content that was found damaged, with the reason; raises `StoreUnusable` as `records` does."""
+        with _reading():
+            return dict(self._connection.execute("SELECT digest, reason FROM quarantined"))
 
     def next_version(self, name: str) -> int:
+        """The number after all that the name ever had."""
         query = "SELECT coalesce(max(version), 0) + 1 FROM versions WHERE owner = ? AND name = ?"
         (number,) = self._connection.execute(query, (LOCAL_OWNER, name)).fetchone()
         return int(number)
 
-    def set_current(self, version: AdapterVersion) -> None:
-        """Makes a new version the one that its name means; durable on return."""
-        with self._transaction():
-            self._retire(version.name)
-            row = tuple(getattr(version, column) for column in AdapterVersion.__dataclass_fields__)
-            self._connection.execute(f"INSERT INTO versions ({COLUMNS}, is_current) VALUES ({PLACES}, 1)", row)
+    def replace(self, before: AdapterRecord | None, after: AdapterRecord | None, sound: str | None = None) -> None:
+        """Makes one name mean `after` in place of `before`; all of it is durable on return, or nothing changed.
 
-    def remove_current(self, name: str) -> None:
-        """Makes a name mean nothing; durable on return."""
-        with self._transaction():
-            self._retire(name)
+        Lifts the quarantine of the digest `sound`, and of digests that no version has any more.
+        """
+        old, new = (set(record.versions if record else ()) for record in (before, after))
+        with self._transaction() as execute:
+            for version in old - new:
+                execute(
+                    "UPDATE versions SET is_stored = 0 WHERE owner = ? AND name = ? AND version = ?",
+                    (version.owner, version.name, version.version),
+                )
+            for version in new - old:
+                row = tuple(getattr(version, column) for column in AdapterVersion.__dataclass_fields__)
+                execute(f"INSERT OR REPLACE INTO versions ({COLUMNS}, is_stored) VALUES ({PLACES}, 1)", row)
+            if before is not None:
+                execute("DELETE FROM aliases WHERE owner = ? AND name = ?", (before.owner, before.name))
+                execute("DELETE FROM names WHERE owner = ? AND name = ?", (before.owner, before.name))
+            if after is not None:
+                key = (after.owner, after.name)
+                tags = json.dumps(after.tags)
+                details = (after.description, tags, after.is_pinned, after.expires_unix_seconds)
+                execute("INSERT INTO names VALUES (?, ?, ?, ?, ?, ?)", (*key, *details))
+                for alias, number in after.aliases.items():
+                    execute("INSERT INTO aliases VALUES (?, ?, ?, ?)", (*key, alias, number))
+            execute(
+                "DELETE FROM quarantined WHERE digest = ? OR NOT EXISTS "
+                "(SELECT 1 FROM versions WHERE versions.digest = quarantined.digest AND is_stored)",
+                (sound,),
+            )
 
-    def _retire(self, name: str) -> None:
-        update = "UPDATE versions SET is_current = 0 WHERE owner = ? AND name = ? AND is_current"
-        self._connection.execute(update, (LOCAL_OWNER, name))
+    def quarantine(self, digest: str, reason: str) -> None:
+        """Remembers that content is damaged; durable on return."""
+        with self._transaction() as execute:
+            execute("INSERT OR REPLACE INTO quarantined VALUES (?, ?)", (digest, reason))
 
-    def _select(self, condition: str, *values: str) -> tuple[AdapterVersion, ...]:
-        rows = self._connection.execute(f"SELECT {COLUMNS} FROM versions WHERE {condition}", values)
-        return tuple(AdapterVersion(*row) for row in rows)
+    def _migrate(self, must_exist: bool) -> None:
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise StoreUnusable(f"The store's index has version {version}, and this heddle knows {len(MIGRATIONS)}.")
+        if version == 0 and must_exist:
+            raise StoreUnusable(
+                "The store holds adapters, but its index.sqlite3 is missing or empty, so their names are unknown. "
+                "Bring the index back from a copy, or move the store's folder away and upload again."
+            )
+        (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+            with self._transaction() as execute:
+                for statement in statements:
+                    execute(statement)
+                execute(f"PRAGMA user_version = {number}")
+
+    def _read_records(self) -> dict[str, AdapterRecord]:
+        versions: dict[str, list[AdapterVersion]] = {}
+        for row in self._connection.execute(f"SELECT {COLUMNS} FROM versions WHERE is_stored ORDER BY name, version"):
+            version = AdapterVersion(*row)
+            digest_hex(version.digest)  # it becomes a path
+            versions.setdefault(version.name, []).append(version)
+        aliases: dict[str, dict[str, int]] = {name: {} for name in versions}
+        for name, alias, number in self._connection.execute("SELECT name, alias, version FROM aliases"):
+            aliases[name][alias] = number
+        records: dict[str, AdapterRecord] = {}
+        for name, description, tags, is_pinned, expires in self._connection.execute(
+            "SELECT name, description, tags, is_pinned, expires_unix_seconds FROM names"
+        ):
+            if not {version.version for version in versions[name]}.issuperset(aliases[name].values()):
+                raise LookupError(f"an alias of {quoted(name)} means no version")
+            records[name] = AdapterRecord(
+                tuple(versions[name]), description, tuple(json.loads(tags)), bool(is_pinned), expires, aliases[name]
+            )
+        if records.keys() != versions.keys():
+            raise LookupError("a version has no name")
+        return records
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
-            yield
+            yield self._connection.execute
             self._connection.execute("COMMIT")
         except BaseException:
             if self._connection.in_transaction:  # SQLite has already rolled back some failures itself
                 self._connection.execute("ROLLBACK")
             raise
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Tells what SQLite says about a damaged file, and what makes no sense once read, in the operator's terms."""
+    try:
+        yield
+    except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
+        raise StoreUnusable(
+            f"The store's index.sqlite3 cannot be read ({error!r}). Bring it back from a copy, or move the store's "
+            "folder away and upload again."
+        ) from error
+
+
+def _check_tags(tags: tuple[str, ...]) -> None:
+    if len(tags) > MAX_TAGS:
+        raise AdapterError(f"There are {len(tags)} tags; at most {MAX_TAGS} are allowed.", param="tags")
+    for tag in tags:
+        if not 0 < len(tag) <= MAX_TAG_CHARS or not tag.isprintable() or "," in tag:
+            message = f"The tag {quoted(tag)} must have 1 to {MAX_TAG_CHARS} printable characters and no comma."
+            raise AdapterError(message, param="tags")
+
+
+def _is_text(text: str, max_chars: int) -> bool:
+    """Whether the text is short enough, and such that UTF-8 and SQLite can hold it."""
+    return len(text) <= max_chars and not re.search("[\0\ud800-\udfff]", text)

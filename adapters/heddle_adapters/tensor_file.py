@@ -122,8 +122,8 @@ def _parse(data: mmap.mmap) -> dict[str, TensorInfo]:
         max_members=MAX_TENSORS + 1,
     )
     _check_metadata(header.pop("__metadata__", {}))
-    if not header:
-        _refuse("holds no tensors")
+    if not 0 < len(header) <= MAX_TENSORS:
+        _refuse(f"holds {len(header) or 'no'} tensors; it may hold 1 to {MAX_TENSORS}")
     tensors = [_tensor(name, entry, data_begin) for name, entry in header.items()]
     _check_every_byte_is_owned(tensors, data_begin, len(data))
     return {tensor.name: tensor for tensor in tensors}
@@ -131,19 +131,20 @@ def _parse(data: mmap.mmap) -> dict[str, TensorInfo]:
 
 def _header_bytes(data: mmap.mmap) -> int:
     start = data[:PREFIX_BYTES]
-    if start.startswith(PICKLE_STARTS):
+    header_bytes = int.from_bytes(start, "little")
+    is_header = data[PREFIX_BYTES : PREFIX_BYTES + 1] == b"{"
+    if start.startswith(PICKLE_STARTS) and not is_header:  # a header of 640 bytes begins like a pickle of protocol 2
         raise InvalidAdapter(
             f"{WEIGHTS_FILE} is a PyTorch pickle, which could run code and is never opened here; convert it to "
             "safetensors where you trained it, with "
             "PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True).",
             param=WEIGHTS_FILE,
         )
-    header_bytes = int.from_bytes(start, "little")
     if header_bytes > MAX_HEADER_BYTES:
         _refuse(f"announces a header of {header_bytes} bytes, more than the {MAX_HEADER_BYTES} allowed")
     if PREFIX_BYTES + header_bytes > len(data):
         _refuse(f"is truncated: it announces a header of {header_bytes} bytes and has {len(data) - PREFIX_BYTES}")
-    if data[PREFIX_BYTES : PREFIX_BYTES + 1] != b"{":
+    if not is_header:
         _refuse("has no safetensors header")
     return header_bytes
 

@@ -115,7 +115,7 @@ async def _memory_line(session: aiohttp.ClientSession) -> str:
     pages = {
         kind: int(float(line.split()[-1]))
         for line in lines
-        for kind in ("adapter", "cached", "kv", "free")
+        for kind in ("adapter", "cached", "kv", "loading", "free")
         if line.startswith(f'heddle_pool_pages{{kind="{kind}"}}')
     }
     return (

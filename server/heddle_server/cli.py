@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from heddle_server import adapters_cli, bench_cli
 from heddle_server.options import ServeOptions, with_serve_options
 from heddle_server.version import heddle_version
 
@@ -15,6 +16,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
+
+app.add_typer(adapters_cli.app)
+app.add_typer(bench_cli.app)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -55,6 +59,23 @@ def demo_command(
     from heddle_demo.demo import run_demo
 
     run_demo(options, tour_only=tour, open_browser=browser)
+
+
+@app.command("top")
+def top_command(
+    server: adapters_cli.Server = adapters_cli.DEFAULT_SERVER,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+) -> None:
+    """Show what a running server holds in memory and how fast it works."""
+    from heddle_server.adapters_client import ServerError
+    from heddle_server.top import run_top
+
+    try:
+        run_top(server, interval, once)
+    except ServerError as error:
+        typer.secho(f"heddle: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
 
 
 def main() -> None:

@@ -10,6 +10,9 @@ from typing import Literal
 import msgspec
 
 from heddle_adapters.base_layout import BaseLayout
+from heddle_adapters.tier import AdapterMove as AdapterMove
+from heddle_adapters.tier import CachedAdapter as CachedAdapter
+from heddle_adapters.tier import Tier
 from heddle_server.request import Request
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -29,11 +32,29 @@ class ForgetAdapter(msgspec.Struct, frozen=True, tag=True):
     adapter_digest: str
 
 
+class PrepareAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Content that was just stored: compile its rows when there is time, so that its first request need not wait."""
+
+    adapter_digest: str
+
+
+class PinAdapters(msgspec.Struct, frozen=True, tag=True):
+    """All adapters that are to stay on the device from now on, in place of those pinned before."""
+
+    adapter_digests: tuple[str, ...]
+
+
+class DescribeCache(msgspec.Struct, frozen=True, tag=True):
+    """Answer with a `CacheReport`."""
+
+    query_id: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-ToEngine = Generate | Abort | ForgetAdapter | Shutdown
+ToEngine = Generate | Abort | ForgetAdapter | PrepareAdapter | PinAdapters | DescribeCache | Shutdown
 
 
 class StartupProgress(msgspec.Struct, frozen=True, tag=True):
@@ -76,6 +97,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
 
 
+class AdmissionReport(msgspec.Struct, frozen=True):
+    """How a request came to its first computation."""
+
+    tier: Tier | None  # where its adapter was when it arrived, the farthest of a mix; None for the base
+    load_seconds: float  # from arrival until its adapter was on the device; 0 where it was
+    queue_seconds: float  # from arrival until it was first computed, loading included
+
+
 class TokenOutput(msgspec.Struct, frozen=True):
     """One step's result for one request."""
 
@@ -88,6 +117,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
     )
     error_message: str | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    admission: AdmissionReport | None = None  # with the first token
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -103,15 +133,39 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_resident_adapters: int
     num_steps: int
     num_preemptions: int
-    num_adapter_loads: int
-    num_adapter_evictions: int
+    num_pinned_pages: int  # of adapters that stay by an operator's wish
+    num_loading_pages: int  # taken for adapters that are being copied
+    adapter_used_bytes: int  # rows and vectors on the device; the rest of their pages is packing waste
+    host_bytes: int  # held by the host tier
+    host_budget_bytes: int
+    num_host_adapters: int
+    num_device_hits: int  # requests for an adapter that was on the device when they arrived
+    num_host_hits: int  # in host memory
+    num_misses: int  # on disk only
+    num_adapter_loads: int  # copies to the device
+    num_adapter_evictions: int  # adapters dropped from the device
+    num_host_evictions: int
     num_prefix_queries: int  # prompt tokens looked up in the prefix cache
     num_prefix_hits: int  # of those, found
+    num_prefix_evictions: int  # cached pages given up
+    num_segments: int  # over all steps: runs of tokens that share an adapter or the base
+    num_computed_tokens: int  # over all steps, prompts and answers together
+    step_seconds: float  # spent in steps that computed something
+
+
+class CacheReport(msgspec.Struct, frozen=True, tag=True):
+    """What lies in the pool and the host tier at this moment."""
+
+    query_id: int
+    policy: str
+    adapters: list[CachedAdapter]
+    stats: EngineStats
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
     outputs: list[TokenOutput]
+    moves: list[AdapterMove]
     stats: EngineStats
 
 
-FromEngine = StartupProgress | Ready | StartupFailed | StepOutput
+FromEngine = StartupProgress | Ready | StartupFailed | StepOutput | CacheReport

@@ -12,7 +12,15 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from heddle_server.config import ConfigError, DeviceName, DtypeName, EngineConfig, Quantization, ServerConfig
+from heddle_server.config import (
+    ConfigError,
+    DeviceName,
+    DtypeName,
+    EngineConfig,
+    EvictionName,
+    Quantization,
+    ServerConfig,
+)
 from heddle_server.model_files import find_model, model_name
 
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?)?B?", re.IGNORECASE)
@@ -25,6 +33,15 @@ def parse_size(text: str) -> int:
     if match is None:
         raise typer.BadParameter(f"{text!r} is no size; write for example 512MiB or 2GB.")
     return int(float(match["number"]) * _UNITS[(match["unit"] or "").lower()])
+
+
+def format_size(num_bytes: int) -> str:
+    """Bytes for people, in powers of 1024."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    if num_bytes >= 2**20:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**10:.0f} KiB" if num_bytes >= 2**10 else f"{num_bytes} B"
 
 
 def _option(flag: str, help: str, **more: Any) -> Any:
@@ -52,6 +69,20 @@ class ServeOptions:
     memory_fraction: Annotated[
         float | None, _option("memory-fraction", "The same as a share of the memory free after loading.")
     ] = None
+    host_cache_bytes: Annotated[
+        int | None,
+        _option(
+            "host-cache-bytes",
+            "Host memory for adapters ready to be copied to the device (default: a quarter, 8 GiB at most).",
+            parser=parse_size,
+        ),
+    ] = None
+    eviction: Annotated[
+        EvictionName, _option("eviction", "Which idle adapter or cached prefix gives way when the pool is full.")
+    ] = "cost"
+    tenant_pool_share: Annotated[
+        float, _option("tenant-pool-share", "Share of the pool that one tenant's adapters may hold.")
+    ] = 1.0
     max_model_len: Annotated[
         int | None, _option("max-model-len", "Tokens of prompt and answer together (default: the model's limit).")
     ] = None
@@ -61,6 +92,19 @@ class ServeOptions:
         int | None, _option("threads", "CPU threads per operation (default: 1 for a small base, else every core).")
     ] = None
     store: Annotated[Path, _option("store", "Folder that keeps uploaded adapters.")] = Path("~/.heddle/store")
+    adapters: Annotated[
+        Path | None, _option("adapters", "Folder of PEFT folders to register at start, each under its own name.")
+    ] = None
+    keep_versions: Annotated[
+        int | None,
+        _option("keep-versions", "Newest versions kept of each adapter, beside aliased ones (default: all)."),
+    ] = None
+    max_queued_requests: Annotated[
+        int, _option("max-queued-requests", "Requests in flight at once; more are refused with 503.")
+    ] = 1024
+    max_queue_seconds: Annotated[
+        float, _option("max-queue-seconds", "A request that would wait longer for its first token is refused at once.")
+    ] = 60.0
     host: Annotated[str, _option("host", "Address to listen on; loopback unless told otherwise.")] = "127.0.0.1"
     port: Annotated[int, _option("port", "Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
 
@@ -77,12 +121,32 @@ class ServeOptions:
             device=self.device,
             pool_bytes=self.pool_bytes,
             memory_fraction=self.memory_fraction,
+            host_cache_bytes=self.host_cache_bytes,
+            eviction=self.eviction,
+            tenant_pool_share=self.tenant_pool_share,
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens,
             max_batch_requests=self.max_batch_requests,
             num_threads=self.threads,
         )
-        return ServerConfig(engine=engine, store_path=store_path, host=self.host, port=self.port)
+        return ServerConfig(
+            engine=engine,
+            store_path=store_path,
+            host=self.host,
+            port=self.port,
+            adapters_path=None if self.adapters is None else _adapters_folder(self.adapters.expanduser().resolve()),
+            keep_versions=self.keep_versions,
+            max_queued_requests=self.max_queued_requests,
+            max_queue_seconds=self.max_queue_seconds,
+        )
+
+
+def _adapters_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ConfigError(f"--adapters is {path}, which is no folder.")
+    if (path / "adapter_config.json").exists():
+        raise ConfigError(f"--adapters is {path}, which is itself an adapter; give the folder that it lies in.")
+    return path
 
 
 def with_serve_options(command: Callable[..., None]) -> Callable[..., None]:

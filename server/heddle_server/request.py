@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from heddle_adapters.mix import AdapterPart, adapter_key
+
 MAX_LOGPROBS = 20
+LOCAL_TENANT = "local"  # the only tenant until there are keys
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,5 +29,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     request_id: int  # made by the server, never by the client
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    adapter_digest: str | None = None  # None = the base
+    adapters: tuple[AdapterPart, ...] = ()  # none = the base; several = their sum
+    tenant: str = LOCAL_TENANT  # whose fair share of the engine it uses
     cache_salt: bytes = b""  # keeps the prefix cache of one tenant apart from another's
+
+    @property
+    def adapter_key(self) -> str:
+        """Identity of the adapter or mix; "" is the base."""
+        return adapter_key(self.adapters)

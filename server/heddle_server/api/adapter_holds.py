@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from heddle_adapters.store import AdapterStore
-from heddle_adapters.store_index import AdapterVersion
+from heddle_server.api.adapter_choice import AdapterChoice, ChosenAdapter
+from heddle_server.api.wire_fields import ScaledAdapter
 
 log = logging.getLogger(__name__)
 
@@ -22,14 +23,26 @@ class AdapterHolds:
         self._worker = worker  # where the disk is waited for
         self._forget = forget  # called with each digest whose content is gone
 
-    def bind(self, name: str) -> AdapterVersion:
-        """The version `name` means now, held until `release`."""
-        return self._store.acquire(name)
+    def bind(self, asked: Sequence[ScaledAdapter]) -> AdapterChoice:
+        """The versions that these references mean now, all of them held until `release`, or none.
 
-    def release(self, adapter: AdapterVersion | None) -> None:
-        """One request is through with `adapter`; None, the base, is never held."""
-        if adapter is not None and self._store.release(adapter.digest):
-            self.collect_soon()
+        Raises `AdapterNotFound`, `AdapterDamaged` and what `AdapterChoice.check` raises.
+        """
+        with ExitStack() as undo:
+            chosen: list[ChosenAdapter] = []
+            for each in asked:
+                version = self._store.acquire(each.name)
+                undo.callback(self._release, version.digest)
+                chosen.append(ChosenAdapter(each.name, each.scale, version))
+            choice = AdapterChoice(tuple(chosen))
+            choice.check()
+            undo.pop_all()
+        return choice
+
+    def release(self, choice: AdapterChoice) -> None:
+        """One request is through with its adapters."""
+        for each in choice:
+            self._release(each.version.digest)
 
     def collect_soon(self) -> None:
         """Removes, when the disk has time, what no name means and no request holds."""
@@ -37,6 +50,10 @@ class AdapterHolds:
         with suppress(RuntimeError):
             collecting = asyncio.get_running_loop().run_in_executor(self._worker, self._store.collect)
             collecting.add_done_callback(self._forget_collected)
+
+    def _release(self, digest: str) -> None:
+        if self._store.release(digest):
+            self.collect_soon()
 
     def _forget_collected(self, collecting: asyncio.Future[tuple[str, ...]]) -> None:
         if collecting.cancelled():

@@ -1,26 +1,25 @@
-"""/v1/adapters: upload, list, look at and delete adapters while the server runs."""
+"""/v1/adapters: upload, try, list, look at, change and delete adapters while the server runs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from itertools import islice
+from pathlib import Path as FilePath
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 
-from heddle_adapters.checkpoint import read_checkpoint
-from heddle_adapters.errors import AdapterIncompatible, InvalidAdapterName
-from heddle_adapters.names import check_name
-from heddle_adapters.store_index import AdapterVersion
-from heddle_adapters.tensor_file import WEIGHTS_FILE
-from heddle_server.api.errors import EngineUnavailable
+from heddle_adapters.store_index import AdapterRecord, AdapterVersion
+from heddle_server.api.adapter_protocol import AdapterChanges, AliasTarget, ListQuery
+from heddle_server.api.registry import disk_errors
 from heddle_server.api.service import Service, service_of
 from heddle_server.api.upload import Upload, read_upload
-from heddle_server.messages import ModelCard
 
 UPLOAD_PATH = "/v1/adapters"
+VALIDATE_ROUTE = "/validate"
+STREAMED_PATHS = frozenset({UPLOAD_PATH, UPLOAD_PATH + VALIDATE_ROUTE})  # they count their own bodies
 
 router = APIRouter(prefix=UPLOAD_PATH, tags=["adapters"])
 
@@ -29,80 +28,126 @@ router = APIRouter(prefix=UPLOAD_PATH, tags=["adapters"])
 async def upload_adapter(request: Request) -> dict[str, Any]:
     """Stores a new adapter, or a new version of one; answered when it is on disk and ready to be used."""
     service = service_of(request)
-    model = service.engine.model
-    if model is None:
-        raise EngineUnavailable("The model is not loaded yet, so no adapter can be checked against it.")
-    async with _upload_folder(service) as folder:
-        upload = await read_upload(request, service.config.max_upload_bytes, folder)
-        worker = asyncio.get_running_loop().run_in_executor(service.disk_worker, _store, service, model, upload)
-        # Finished even when the client leaves: half a write is worth nothing to anybody.
-        adapter = await asyncio.shield(worker)
-    service.holds.collect_soon()
-    return _card(adapter)
+    async with _received(request, service) as upload:
+        version = await service.registry.upload(upload)
+    return service.cards.of_upload(version)
+
+
+@router.post(VALIDATE_ROUTE)
+async def validate_adapter(request: Request) -> dict[str, Any]:
+    """Everything an upload does, except that nothing is stored; says what memory the adapter would take."""
+    service = service_of(request)
+    async with _received(request, service) as upload:
+        validation = await service.registry.validate(upload)
+    return service.cards.of_validation(validation, service.registry.room)
 
 
 @router.get("")
-async def list_adapters(request: Request) -> dict[str, Any]:
-    """The current version of every adapter."""
-    return {"object": "list", "data": [_card(adapter) for adapter in service_of(request).store.list()]}
-
-
-@router.get("/{name:path}")
-async def retrieve_adapter(name: str, request: Request) -> dict[str, Any]:
-    """One adapter's current version, and its earlier ones."""
+async def list_adapters(request: Request, query: Annotated[ListQuery, Query()]) -> dict[str, Any]:
+    """What every name means now, by name, page by page."""
     service = service_of(request)
-    current = service.store.resolve(name)
-    loop = asyncio.get_running_loop()
-    versions = await loop.run_in_executor(service.disk_worker, service.store.versions, name)
-    return {**_card(current), "versions": [_card(version) for version in versions]}
+    matching = (record for record in _in_order(service, query) if _matches(service, record, query))
+    page = list(islice(matching, query.limit + 1))
+    data = [service.cards.of_record(record) for record in page[: query.limit]]
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": len(page) > query.limit,
+    }
 
 
-@router.delete("/{name:path}")
-async def delete_adapter(name: str, request: Request) -> dict[str, Any]:
-    """No new request gets the adapter; running ones finish on it."""
+# Names may contain a slash, so the longer paths stand before those that take everything.
+
+
+@router.get("/{name:path}/versions")
+async def list_versions(name: str, request: Request) -> dict[str, Any]:
+    """The versions of one adapter that still exist, oldest first."""
     service = service_of(request)
-    loop = asyncio.get_running_loop()
-    await loop.run_in_executor(service.disk_worker, service.store.delete, name)
-    service.holds.collect_soon()
-    return {"id": name, "object": "adapter.deleted", "deleted": True}
+    record = service.store.record(name)
+    return {"object": "list", "data": [service.cards.of_version(version, record) for version in record.versions]}
+
+
+@router.put("/{name:path}/aliases/{alias}")
+async def set_alias(name: str, alias: str, body: AliasTarget, request: Request) -> dict[str, Any]:
+    """Makes an alias mean another version, for every request from now on; tells what it meant before."""
+    version, previous = await service_of(request).registry.set_alias(name, alias, body.selector)
+    return {**_alias("adapter.alias", alias, version), "previous": previous and _identity(previous)}
+
+
+@router.delete("/{name:path}/aliases/{alias}")
+async def remove_alias(name: str, alias: str, request: Request) -> dict[str, Any]:
+    """Makes an alias mean nothing."""
+    version = await service_of(request).registry.remove_alias(name, alias)
+    return {**_alias("adapter.alias.deleted", alias, version), "deleted": True}
+
+
+@router.get("/{reference:path}")
+async def retrieve_adapter(reference: str, request: Request) -> dict[str, Any]:
+    """One adapter: what its name means now, or the version that the reference picks."""
+    return service_of(request).cards.of_reference(reference)
+
+
+@router.patch("/{name:path}")
+async def change_adapter(name: str, body: AdapterChanges, request: Request) -> dict[str, Any]:
+    """Changes what is said about a name: description, tags, pin, time to live. Versions never change."""
+    service = service_of(request)
+    return service.cards.of_record(await service.registry.update(name, body.details))
+
+
+@router.delete("/{reference:path}")
+async def delete_adapter(reference: str, request: Request) -> dict[str, Any]:
+    """No new request gets the adapter, or the version that the reference picks; running ones finish on it."""
+    deletion = await service_of(request).registry.delete(reference)
+    return {
+        "id": reference,
+        "object": "adapter.deleted",
+        "deleted": True,
+        "versions": [_identity(version) for version in deletion.versions],
+        "draining": deletion.num_draining,
+    }
 
 
 @asynccontextmanager
-async def _upload_folder(service: Service) -> AsyncGenerator[Path, None]:
-    """The store's folder for one upload, made and removed off the event loop: dropping a gigabyte takes a while."""
+async def _received(request: Request, service: Service) -> AsyncGenerator[Upload, None]:
+    """The upload in a request, on the store's own disk until the end of the block.
+
+    The folder is made and removed off the event loop: dropping a gigabyte takes a while.
+    """
+    _ = service.registry.room  # without a model nothing can be checked: said before a gigabyte is read
     manager = service.store.upload_folder()
-    folder = await asyncio.to_thread(manager.__enter__)
-    try:
-        yield folder
-    finally:
-        await asyncio.to_thread(manager.__exit__, None, None, None)
+    with disk_errors():
+        folder: FilePath = await asyncio.to_thread(manager.__enter__)
+        try:
+            yield await read_upload(request, service.config.max_upload_bytes, folder)
+        finally:
+            await asyncio.to_thread(manager.__exit__, None, None, None)
 
 
-def _store(service: Service, model: ModelCard, upload: Upload) -> AdapterVersion:
-    """Checks an upload to the last tensor and makes it durable; runs in the worker thread."""
-    check_name(upload.name)
-    if upload.name == service.model_name:
-        raise InvalidAdapterName(f"{upload.name!r} is the name of the base model; choose another.", param="name")
-    checkpoint = read_checkpoint(upload.config, upload.weights_path, model.layout)
-    needed = checkpoint.estimate_bytes(4 if model.dtype == "float32" else 2)
-    if needed > model.pool_bytes:
-        raise AdapterIncompatible(
-            f"{WEIGHTS_FILE} needs {needed} bytes of the page pool, which has {model.pool_bytes}; "
-            "start the server with a larger --pool-bytes.",
-            param=WEIGHTS_FILE,
-        )
-    return service.store.put(upload.name, checkpoint, upload.config, upload.weights_path)
+def _in_order(service: Service, query: ListQuery) -> list[AdapterRecord]:
+    """Every record after the page before, in the order asked for."""
+    records = service.store.list()
+    if query.order == "desc":
+        return [record for record in reversed(records) if query.after is None or record.name < query.after]
+    return [record for record in records if query.after is None or record.name > query.after]
 
 
-def _card(adapter: AdapterVersion) -> dict[str, Any]:
-    return {
-        "id": adapter.name,
-        "object": "adapter",
-        "name": adapter.name,
-        "version": adapter.version,
-        "digest": adapter.digest,
-        "method": adapter.method,
-        "rank": adapter.max_rank,
-        "size_bytes": adapter.size_bytes,
-        "created": adapter.created_unix_seconds,
-    }
+def _matches(service: Service, record: AdapterRecord, query: ListQuery) -> bool:
+    digest = record.latest.digest
+    return (
+        (query.q is None or query.q.lower() in record.name.lower())
+        and (query.tag is None or query.tag in record.tags)
+        and (query.method is None or query.method.lower() == record.latest.method.lower())
+        and (query.status is None or query.status == service.cards.status_of(digest))
+        and (query.tier is None or query.tier == service.engine.tier_of(digest))
+        and (query.pinned is None or query.pinned == record.is_pinned)
+    )
+
+
+def _alias(kind: str, alias: str, version: AdapterVersion) -> dict[str, Any]:
+    return {"object": kind, "name": version.name, "alias": alias, **_identity(version)}
+
+
+def _identity(version: AdapterVersion) -> dict[str, Any]:
+    return {"version": version.version, "digest": version.digest}

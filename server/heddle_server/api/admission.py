@@ -9,13 +9,13 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 from heddle_adapters.errors import AdapterNotFound
 from heddle_adapters.names import RESERVED_NAME
-from heddle_adapters.store import AdapterStore
-from heddle_adapters.store_index import AdapterVersion
+from heddle_server.api.adapter_choice import AdapterChoice
 from heddle_server.api.adapter_holds import AdapterHolds
 from heddle_server.api.chat_template import ChatTemplate
 from heddle_server.api.engine_client import EngineClient
@@ -29,13 +29,16 @@ from heddle_server.api.errors import (
 )
 from heddle_server.api.generation import Generation
 from heddle_server.api.metrics import Metrics
-from heddle_server.api.protocol import ChatCompletionRequest, CompletionRequest, Message
+from heddle_server.api.overload import LoadGate
+from heddle_server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, Message
 from heddle_server.api.tokenizer import Tokenizer
+from heddle_server.api.wire_fields import ScaledAdapter
 from heddle_server.messages import ModelCard
-from heddle_server.request import Request, SamplingParams
+from heddle_server.request import LOCAL_TENANT, Request, SamplingParams
 
 BASE_NAME = RESERVED_NAME
 
+AnyBody = ChatCompletionRequest | CompletionRequest
 Number = TypeVar("Number", int, float)
 
 
@@ -49,76 +52,101 @@ class Admission:
         engine: EngineClient,
         tokenizer: Tokenizer,
         chat_template: ChatTemplate,
-        store: AdapterStore,
         holds: AdapterHolds,
+        gate: LoadGate,
+        on_damaged: Callable[[str, str], None],
         metrics: Metrics,
     ) -> None:
+        """`on_damaged` is told the digest of content that the engine found damaged, and why."""
         self.model_name = model_name
         self._engine = engine
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._store = store
         self._holds = holds
+        self._gate = gate
+        self._on_damaged = on_damaged
         self._metrics = metrics
         self._request_ids = itertools.count(1)
 
     async def admit_chat(self, body: ChatCompletionRequest) -> Generation:
         """A chat: the template makes the prompt, the answer may fill the context."""
-        self._require_engine()
-        adapter = self._bind(body)
-        try:
-            prompt = await asyncio.to_thread(self._chat_prompt, body.messages)
-            return self._generation(body, adapter, prompt, is_continuation=False)
-        except BaseException:
-            self._holds.release(adapter)
-            raise
+        return await self._admit(body, lambda: asyncio.to_thread(self._chat_prompt, body.messages))
 
     async def admit_completion(self, body: CompletionRequest) -> Generation:
         """A plain completion: the answer goes on from the prompt's text."""
-        self._require_engine()
-        adapter = self._bind(body)
-        try:
-            if isinstance(body.prompt, str):
-                prompt = await asyncio.to_thread(self._tokenizer.encode, body.prompt, add_special_tokens=True)
-            else:
-                prompt = body.prompt
-            return self._generation(body, adapter, prompt, is_continuation=True)
-        except BaseException:
-            self._holds.release(adapter)
-            raise
+        return await self._admit(body, lambda: self._completion_prompt(body.prompt))
 
     def is_base_name(self, name: str) -> bool:
         return name in ("", BASE_NAME, self.model_name)
 
-    def adapter_name(self, model: str | None, adapter: str | None) -> str | None:
-        """Which adapter `model` and `adapter` together ask for; None is the base."""
-        by_model = None if model is None or self.is_base_name(model) else model
-        if adapter is None:
-            return by_model
-        by_adapter = None if self.is_base_name(adapter) else adapter
-        if by_model not in (None, by_adapter):
+    def asked_adapters(self, body: GenerationRequest) -> tuple[ScaledAdapter, ...]:
+        """Which adapters `model` and `adapter` together ask for; none is the base."""
+        by_model = None if body.model is None or self.is_base_name(body.model) else body.model
+        if body.adapter is None:
+            return () if by_model is None else (ScaledAdapter(name=by_model),)
+        asked = self._by_adapter(body.adapter)
+        if by_model is not None and [each.name for each in asked] != [by_model]:
             raise AdapterConflict(
-                f"'model' asks for adapter {by_model!r} and 'adapter' for {by_adapter or BASE_NAME!r}. "
+                f"'model' asks for adapter {by_model!r} and 'adapter' for "
+                f"{' and '.join(repr(each.name) for each in asked) or repr(BASE_NAME)}. "
                 f"Name one adapter, or set 'model' to {self.model_name!r}.",
                 param="adapter",
             )
-        return by_adapter
+        return asked
 
-    def _bind(self, body: ChatCompletionRequest | CompletionRequest) -> AdapterVersion | None:
-        """The version that serves this request from its first to its last token, whatever is uploaded meanwhile."""
-        name = self.adapter_name(body.model, body.adapter)
-        if name is None:
-            return None
+    def model_not_found(self, name: str, nearest: Sequence[str]) -> ModelNotFound:
+        """The error for a `model` that is neither the base nor an adapter; `nearest` are adapters of a similar name."""
+        hint = did_you_mean(name, [BASE_NAME, self.model_name, *nearest])
+        return ModelNotFound(f"Model {name[:96]!r} does not exist.{hint}", param="model")
+
+    async def _admit(self, body: AnyBody, encode_prompt: Callable[[], Awaitable[list[int]]]) -> Generation:
+        self._require_engine()
+        with ExitStack() as held:
+            place = self._gate.enter(LOCAL_TENANT)
+            held.callback(place.leave)
+            adapters = self._bind(body)
+            held.callback(self._holds.release, adapters)
+            request = self._request(body, adapters, await encode_prompt())
+            place.queue(len(request.prompt_token_ids))
+            model = self._require_engine()
+            return Generation(
+                request,
+                adapters=adapters,
+                stop=body.stop,
+                is_continuation=isinstance(body, CompletionRequest),
+                created=int(time.time()),
+                engine=self._engine,
+                tokenizer=self._tokenizer,
+                end_token_ids=frozenset(model.eos_token_ids) | frozenset(request.sampling.stop_token_ids),
+                place=place,
+                held=held.pop_all(),
+                on_damaged=self._on_damaged,
+                metrics=self._metrics,
+            )
+
+    def _by_adapter(self, adapter: str | ScaledAdapter | list[str | ScaledAdapter]) -> tuple[ScaledAdapter, ...]:
+        if isinstance(adapter, list):
+            mix = tuple(_scaled(each) for each in adapter)
+            for number, each in enumerate(mix):
+                if self.is_base_name(each.name):
+                    message = "The base is part of every mix as it is, so it cannot be named in one; leave it out."
+                    raise InvalidRequest(message, param=f"adapter.{number}")
+            return mix
+        single = _scaled(adapter)
+        if not self.is_base_name(single.name):
+            return (single,)
+        if single.scale != 1.0:
+            raise InvalidRequest("The base has no scale; only adapters have.", param="adapter.scale")
+        return ()
+
+    def _bind(self, body: GenerationRequest) -> AdapterChoice:
+        """The versions that serve this request from its first to its last token, whatever is uploaded meanwhile."""
         try:
-            return self._holds.bind(name)
-        except AdapterNotFound:
-            if body.adapter is not None:
+            return self._holds.bind(self.asked_adapters(body))
+        except AdapterNotFound as error:
+            if body.adapter is not None or body.model is None:
                 raise
-            raise self.model_not_found(name) from None
-
-    def model_not_found(self, name: str) -> ModelNotFound:
-        known = [BASE_NAME, self.model_name, *(each.name for each in self._store.list())]
-        return ModelNotFound(f"Model {name[:96]!r} does not exist.{did_you_mean(name, known)}", param="model")
+            raise self.model_not_found(body.model, error.nearest) from None
 
     def _require_engine(self) -> ModelCard:
         if self._engine.model is None or not self._engine.is_ready:
@@ -130,14 +158,12 @@ class Admission:
         # The template wrote the special tokens itself.
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _generation(
-        self,
-        body: ChatCompletionRequest | CompletionRequest,
-        adapter: AdapterVersion | None,
-        prompt: list[int],
-        *,
-        is_continuation: bool,
-    ) -> Generation:
+    async def _completion_prompt(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        return await asyncio.to_thread(self._tokenizer.encode, prompt, add_special_tokens=True)
+
+    def _request(self, body: AnyBody, adapters: AdapterChoice, prompt: list[int]) -> Request:
         model = self._require_engine()
         param = "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
         _check_vocabulary(prompt, model.vocabulary_size, param)
@@ -151,24 +177,17 @@ class Admission:
             ignore_eos=bool(body.ignore_eos),
             num_logprobs=body.num_logprobs,
         )
-        request = Request(
+        return Request(
             request_id=next(self._request_ids),
             prompt_token_ids=prompt,
             sampling=sampling,
-            adapter_digest=adapter.digest if adapter else None,
+            adapters=adapters.parts,
+            tenant=LOCAL_TENANT,
         )
-        return Generation(
-            request,
-            adapter=adapter,
-            stop=body.stop,
-            is_continuation=is_continuation,
-            created=int(time.time()),
-            engine=self._engine,
-            tokenizer=self._tokenizer,
-            end_token_ids=frozenset(model.eos_token_ids) | frozenset(sampling.stop_token_ids),
-            holds=self._holds,
-            metrics=self._metrics,
-        )
+
+
+def _scaled(adapter: str | ScaledAdapter) -> ScaledAdapter:
+    return ScaledAdapter(name=adapter) if isinstance(adapter, str) else adapter
 
 
 def _given(value: Number | None, default: Number) -> Number:
@@ -186,7 +205,7 @@ def _check_vocabulary(token_ids: list[int], size: int, param: str) -> None:
         raise InvalidRequest(f"Token id {beyond} is not in the vocabulary of {size} tokens.", param=param)
 
 
-def _max_tokens(body: ChatCompletionRequest | CompletionRequest, num_prompt: int, max_model_len: int) -> int:
+def _max_tokens(body: AnyBody, num_prompt: int, max_model_len: int) -> int:
     """How many tokens the answer may have: a default is clamped to the context, a wish must fit."""
     param = "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
     room = max_model_len - num_prompt

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from heddle_adapters.errors import AdapterError
-from heddle_server.api import adapter_routes, chat_routes, health_routes, model_routes, page_routes
+from heddle_server.api import adapter_routes, cache_routes, chat_routes, health_routes, model_routes, page_routes
 from heddle_server.api.body_limit import BodyLimit
 from heddle_server.api.errors import ApiError, error_response, http_error_response, kind_of
 from heddle_server.api.request_id import RequestId
@@ -32,7 +32,9 @@ def create_app(service: Service) -> FastAPI:
         lifespan=_lifespan,
         middleware=[
             Middleware(RequestId),
-            Middleware(BodyLimit, max_bytes=service.config.max_body_bytes, streamed_paths={adapter_routes.UPLOAD_PATH}),
+            Middleware(
+                BodyLimit, max_bytes=service.config.max_body_bytes, streamed_paths=adapter_routes.STREAMED_PATHS
+            ),
         ],
         exception_handlers={
             ApiError: _typed_error,
@@ -44,7 +46,7 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     app.state.service = service
-    for routes in (chat_routes, model_routes, adapter_routes, health_routes, page_routes):
+    for routes in (chat_routes, model_routes, adapter_routes, cache_routes, health_routes, page_routes):
         app.include_router(routes.router)
     return app
 
@@ -68,10 +70,16 @@ async def _invalid_body(request: Request, error: Exception) -> Response:
 async def _framework_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return http_error_response(404, f"There is no {request.method} {request.url.path[:200]} here.")
+        return http_error_response(404, f"There is no {request.method} {_path(request)} here.")
     if error.status_code == 405:
-        return http_error_response(405, f"{request.method} is not allowed on {request.url.path[:200]}.", error.headers)
+        return http_error_response(405, f"{request.method} is not allowed on {_path(request)}.", error.headers)
     return http_error_response(error.status_code, f"{error.detail}.", error.headers)
+
+
+def _path(request: Request) -> str:
+    """As it was sent, so that no character in it is a control character."""
+    raw: bytes = request.scope["raw_path"]
+    return raw[:200].decode("latin-1")
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import shutil
 import sys
@@ -20,15 +21,20 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from heddle_adapters.tier import Tier
 from heddle_server.api.errors import EngineUnavailable
 from heddle_server.config import EngineConfig
 from heddle_server.messages import (
     Abort,
+    CacheReport,
+    DescribeCache,
     EngineStats,
     ForgetAdapter,
     FromEngine,
     Generate,
     ModelCard,
+    PinAdapters,
+    PrepareAdapter,
     Ready,
     Shutdown,
     StartupFailed,
@@ -43,6 +49,7 @@ log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "heddle_server.engine.engine_process")
 SHUTDOWN_GRACE_SECONDS = 5.0
+REPORT_SECONDS = 10.0  # for the engine to describe its cache: it answers between two steps
 STABLE_SECONDS = 10.0  # an engine that was ready for so long was no failed start, whatever ended it
 # What a dying engine wrote last may still be on its way through ZeroMQ's own thread.
 _LAST_WORDS_SECONDS = 0.3
@@ -68,6 +75,7 @@ class EngineClient:
         on_progress: Callable[[StartupProgress], None] = lambda progress: None,
         on_ready: Callable[[ModelCard], None] = lambda model: None,
         on_failed: Callable[[str], None] = lambda reason: None,
+        on_step: Callable[[StepOutput], None] = lambda step: None,
     ) -> None:
         self.model: ModelCard | None = None  # of the last engine that was ready; outlives a restart
         self.stats: EngineStats | None = None
@@ -78,8 +86,12 @@ class EngineClient:
         self._on_progress = on_progress
         self._on_ready = on_ready
         self._on_failed = on_failed
+        self._on_step = on_step
         self._ready = asyncio.Event()
         self._outputs: dict[int, asyncio.Queue[TokenOutput]] = {}
+        self._reports: dict[int, asyncio.Future[CacheReport]] = {}  # asked for, by query
+        self._query_ids = itertools.count(1)
+        self._tiers: dict[str, Tier] = {}  # of every adapter that this engine holds nearer than the disk
         self._ready_since: float | None = None  # on the monotonic clock
         self._failed_starts = 0  # in a row, without one token or STABLE_SECONDS between them
         self._failure: str | None = None
@@ -137,6 +149,36 @@ class EngineClient:
         """Lets the engine free a digest that no name and no request refers to."""
         self._send(ForgetAdapter(digest))
 
+    def prepare_adapter(self, digest: str) -> None:
+        """Content that was just stored: the engine compiles its rows when it has time."""
+        self._send(PrepareAdapter(digest))
+
+    def pin_adapters(self, digests: Sequence[str]) -> None:
+        """All adapters that are to stay on the device from now on; a new engine knows of none until it is told."""
+        self._send(PinAdapters(tuple(digests)))
+
+    def tier_of(self, digest: str) -> Tier:
+        """Where the engine last said that the adapter is."""
+        return self._tiers.get(digest, "disk")
+
+    def resident_digests(self) -> frozenset[str]:
+        """Adapters on the device."""
+        return frozenset(digest for digest, tier in self._tiers.items() if tier == "device")
+
+    async def describe_cache(self) -> CacheReport:
+        """What lies in the pool and the host tier; raises `EngineUnavailable` when the engine cannot say."""
+        if not self.is_ready:
+            raise EngineUnavailable("The engine is not ready: it is loading or restarting. Try again shortly.")
+        query_id = next(self._query_ids)
+        report = self._reports[query_id] = asyncio.get_running_loop().create_future()
+        self._send(DescribeCache(query_id))
+        try:
+            return await asyncio.wait_for(report, REPORT_SECONDS)
+        except TimeoutError:
+            raise EngineUnavailable("The engine is busy and did not describe its cache in time.") from None
+        finally:
+            self._reports.pop(query_id, None)
+
     async def close(self) -> None:
         """Asks the engine to leave, then makes it."""
         if self._supervisor is not None:
@@ -184,6 +226,7 @@ class EngineClient:
             was_ready = self.is_ready
             self._ready.clear()
             self.end_all("The engine stopped while it worked on this request. Try again shortly.")
+            self._tiers.clear()
             await self._stop_process(is_listening=was_ready)
             self._socket.close(linger=0)
             shutil.rmtree(directory, ignore_errors=True)
@@ -227,6 +270,9 @@ class EngineClient:
             match message:
                 case StepOutput():
                     self._deliver(message)
+                case CacheReport():
+                    if (report := self._reports.get(message.query_id)) and not report.done():
+                        report.set_result(message)
                 case StartupProgress():
                     self._on_progress(message)
                 case Ready():
@@ -242,13 +288,22 @@ class EngineClient:
         if step.outputs:
             self._failed_starts = 0
         self.stats = step.stats
+        for move in step.moves:
+            if move.target == "disk":
+                self._tiers.pop(move.adapter_digest, None)
+            else:
+                self._tiers[move.adapter_digest] = move.target
+        self._on_step(step)
         for output in step.outputs:
             # A request aborted a moment ago may still get an output: nobody waits for it.
             if queue := self._outputs.get(output.request_id):
                 queue.put_nowait(output)
 
     def end_all(self, reason: str) -> None:
-        """Every request in flight ends with an error event."""
+        """Every request in flight ends with an error event, and every question to the engine with an error."""
+        for report in self._reports.values():
+            if not report.done():
+                report.set_exception(EngineUnavailable(reason))
         requests, self._outputs = self._outputs, {}
         for request_id, queue in requests.items():
             queue.put_nowait(

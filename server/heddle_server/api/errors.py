@@ -5,12 +5,16 @@
     │   ├── UnknownParameter          a field nobody knows
     │   ├── UnsupportedParameter      a field of OpenAI's that is not served yet
     │   ├── AdapterConflict           `model` and `adapter` name different adapters
+    │   ├── AdaptersNotAdditive       these adapters cannot be mixed, or not be scaled
     │   ├── ContextLengthExceeded     prompt, or prompt and answer, over the context
     │   ├── UnsupportedEncoding       a compressed body
     │   └── BodyTooLarge
     ├── ModelNotFound             no base and no adapter of that name
     ├── EngineUnavailable         not loaded yet, restarting, or lost while it answered
-    ├── AdapterTooLarge           the page pool cannot hold the adapter, ever or now
+    ├── Overloaded                more work than the server can do in time
+    ├── TenantOverloaded          more than one tenant's share of it
+    ├── AdapterCapacity           the page pool has no room for the adapter now
+    ├── PinCapacity               pinning it too would leave the page pool no room for anything else
     └── GenerationFailed          the engine could not finish this one request
 
 Errors about adapters come from `heddle_adapters.errors`. `KINDS` is the one place that knows HTTP status codes.
@@ -28,6 +32,7 @@ from starlette.responses import Response
 from heddle_adapters.errors import (
     AdapterDamaged,
     AdapterError,
+    AdapterExceedsPool,
     AdapterIncompatible,
     AdapterNotFound,
     InvalidAdapter,
@@ -35,16 +40,22 @@ from heddle_adapters.errors import (
     StoreUnusable,
 )
 
-RETRY_AFTER_SECONDS = 2
+RETRY_AFTER_SECONDS = 2  # where nothing better is known
 
 
 class ApiError(Exception):
-    """Base of the API's own errors; `param` names the offending request field."""
+    """Base of the API's own errors; `param` names the offending request field.
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    `retry_after_seconds` says when to come back, where the status (429, 503) says that coming back makes sense.
+    """
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_seconds: int = RETRY_AFTER_SECONDS
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_seconds = retry_after_seconds
 
 
 class InvalidRequest(ApiError):
@@ -61,6 +72,10 @@ class UnsupportedParameter(InvalidRequest):
 
 class AdapterConflict(InvalidRequest):
     """`model` and `adapter` name different adapters."""
+
+
+class AdaptersNotAdditive(InvalidRequest):
+    """What these adapters do cannot be added up, multiplied or scaled."""
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -83,8 +98,20 @@ class EngineUnavailable(ApiError):
     """The engine is loading, restarting or gone."""
 
 
-class AdapterTooLarge(ApiError):
-    """The page pool has no room for the adapter."""
+class Overloaded(ApiError):
+    """The server could not answer in time."""
+
+
+class TenantOverloaded(ApiError):
+    """The tenant has its fair share in flight, and others want theirs."""
+
+
+class AdapterCapacity(ApiError):
+    """The page pool has no room for the adapter while others hold it."""
+
+
+class PinCapacity(ApiError):
+    """With this adapter pinned too, the page pool would have too little room for the rest."""
 
 
 class GenerationFailed(ApiError):
@@ -101,18 +128,23 @@ class ErrorKind(NamedTuple):
 
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
+_LIMIT = "rate_limit_error"
 
 KINDS: Mapping[type[Exception], ErrorKind] = {
     InvalidRequest: ErrorKind(400, _INVALID, "invalid_request"),
     UnknownParameter: ErrorKind(400, _INVALID, "unknown_parameter"),
     UnsupportedParameter: ErrorKind(400, _INVALID, "unsupported_parameter"),
     AdapterConflict: ErrorKind(400, _INVALID, "adapter_conflict"),
+    AdaptersNotAdditive: ErrorKind(400, _INVALID, "adapters_not_additive"),
     ContextLengthExceeded: ErrorKind(400, _INVALID, "context_length_exceeded"),
     UnsupportedEncoding: ErrorKind(415, _INVALID, "unsupported_encoding"),
     BodyTooLarge: ErrorKind(413, _INVALID, "body_too_large"),
     ModelNotFound: ErrorKind(404, _INVALID, "model_not_found"),
     EngineUnavailable: ErrorKind(503, _SERVER, "engine_unavailable"),
-    AdapterTooLarge: ErrorKind(503, _SERVER, "adapter_capacity"),
+    Overloaded: ErrorKind(503, _SERVER, "overloaded"),
+    TenantOverloaded: ErrorKind(429, _LIMIT, "tenant_overloaded"),
+    AdapterCapacity: ErrorKind(503, _SERVER, "adapter_capacity"),
+    PinCapacity: ErrorKind(409, _INVALID, "pin_capacity"),
     GenerationFailed: ErrorKind(500, _SERVER, "internal_error"),
     AdapterError: ErrorKind(400, _INVALID, "invalid_adapter_request"),
     AdapterNotFound: ErrorKind(404, _INVALID, "adapter_not_found"),
@@ -120,6 +152,7 @@ KINDS: Mapping[type[Exception], ErrorKind] = {
     InvalidAdapter: ErrorKind(422, _INVALID, "invalid_adapter"),
     AdapterIncompatible: ErrorKind(422, _INVALID, "adapter_incompatible"),
     AdapterDamaged: ErrorKind(422, _INVALID, "adapter_damaged"),
+    AdapterExceedsPool: ErrorKind(413, _INVALID, "adapter_too_large"),
     StoreUnusable: ErrorKind(503, _SERVER, "store_unusable"),
     Exception: ErrorKind(500, _SERVER, "internal_error"),
 }
@@ -143,7 +176,8 @@ def envelope(error: Exception) -> dict[str, object]:
 def error_response(error: Exception) -> Response:
     """The HTTP reply for any error, table row and envelope."""
     kind = kind_of(error)
-    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if kind.status == 503 else None
+    seconds = error.retry_after_seconds if isinstance(error, ApiError) else RETRY_AFTER_SECONDS
+    headers = {"retry-after": str(seconds)} if kind.status in (429, 503) else None
     return _json_response(envelope(error), kind.status, headers)
 
 
@@ -163,8 +197,10 @@ def engine_error(code: str | None, message: str | None) -> Exception:
             return AdapterDamaged(text, param="adapter")
         case "adapter_load_failed":
             return AdapterIncompatible(text, param="adapter")
+        case "adapter_too_large":
+            return AdapterExceedsPool(text, param="adapter")
         case "adapter_capacity":
-            return AdapterTooLarge(text, param="adapter")
+            return AdapterCapacity(text, param="adapter")
         case _:
             return GenerationFailed(text)
 

@@ -22,7 +22,7 @@ async def live() -> dict[str, str]:
 @router.get("/health")
 async def ready(request: Request) -> Response:
     """200 when requests can be answered, 503 while the engine loads or restarts."""
-    if service_of(request).engine.is_ready:
+    if service_of(request).is_ready:
         return JSONResponse({"status": "ready"})
     # Not raised: a probe that waits is no error to count.
     return error_response(EngineUnavailable("The model is not ready: it is loading or restarting."))

@@ -1,4 +1,4 @@
-"""GET /v1/models: the base and, as models of their own, its adapters."""
+"""GET /v1/models: the base and, as models of their own, its adapters: each by name, which means its latest version."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ router = APIRouter(tags=["models"])
 async def list_models(request: Request) -> dict[str, Any]:
     """Everything `model` can name."""
     service = service_of(request)
-    adapters = [_adapter_model(service, adapter) for adapter in service.store.list()]
+    adapters = [_adapter_model(service, record.name, record.latest) for record in service.store.list()]
     return {"object": "list", "data": [_base_model(service, service.model_name), *adapters]}
 
 
 @router.get("/v1/models/{name:path}")
 async def retrieve_model(name: str, request: Request) -> dict[str, Any]:
-    """One model; the base answers to its own name and to `base`."""
+    """One model; the base answers to its own name and to `base`, an adapter to every reference."""
     service = service_of(request)
     if name in (BASE_NAME, service.model_name):
         return _base_model(service, name)
     try:
-        return _adapter_model(service, service.store.resolve(name))
-    except AdapterNotFound:
-        raise service.admission.model_not_found(name) from None
+        return _adapter_model(service, name, service.store.resolve(name))
+    except AdapterNotFound as error:
+        raise service.admission.model_not_found(name, error.nearest) from None
 
 
 def _base_model(service: Service, name: str) -> dict[str, Any]:
@@ -47,9 +47,9 @@ def _base_model(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-def _adapter_model(service: Service, adapter: AdapterVersion) -> dict[str, Any]:
+def _adapter_model(service: Service, name: str, adapter: AdapterVersion) -> dict[str, Any]:
     return {
-        **_base_model(service, adapter.name),
+        **_base_model(service, name),
         "created": adapter.created_unix_seconds,
         "root": adapter.digest,
         "parent": service.model_name,

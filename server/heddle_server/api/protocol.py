@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from heddle_server.api.wire_fields import (
+    MAX_REFERENCE_LENGTH,
+    AdapterField,
     Ignored,
     MessageText,
     Prompt,
@@ -23,7 +25,6 @@ from heddle_server.api.wire_fields import (
 from heddle_server.request import MAX_LOGPROBS
 
 MAX_MESSAGES = 512
-MAX_NAME_LENGTH = 256
 MAX_STOP_TOKENS = 64
 MAX_INTEGER = 2**31 - 1
 
@@ -60,8 +61,8 @@ class Message(WireModel):
 class GenerationRequest(WireModel):
     """What chat and plain completions share."""
 
-    model: Annotated[str | None, Field(max_length=MAX_NAME_LENGTH)] = None
-    adapter: Annotated[str | None, Field(max_length=MAX_NAME_LENGTH)] = None
+    model: Annotated[str | None, Field(max_length=MAX_REFERENCE_LENGTH)] = None
+    adapter: AdapterField | None = None
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from heddle_server.api.adapter_choice import AdapterChoice, ChosenAdapter
 from heddle_server.api.generation import Delta, Generation
 from heddle_server.messages import TokenLogprobs
 
@@ -76,11 +77,17 @@ class Reply:
         }
 
     def _source(self) -> Json:
-        """heddle's own part: exactly which weights gave the answer."""
-        adapter = self._generation.adapter
-        if adapter is None:
-            return {"heddle": {"adapter": None, "version": None, "digest": None}}
-        return {"heddle": {"adapter": adapter.name, "version": adapter.version, "digest": adapter.digest}}
+        """heddle's own part: exactly which weights gave the answer, and how long they were waited for."""
+        return {"heddle": {**_weights(self._generation.adapters), **self._start()}}
+
+    def _start(self) -> Json:
+        admission = self._generation.admission
+        return {
+            "cache": admission.tier if admission else None,
+            "load_ms": _milliseconds(admission.load_seconds if admission else None),
+            "queue_ms": _milliseconds(admission.queue_seconds if admission else None),
+            "ttft_ms": _milliseconds(self._generation.ttft_seconds),
+        }
 
     def _token_text(self, token_id: int) -> str:
         return self._generation.tokenizer.token_text(token_id)
@@ -157,6 +164,31 @@ class CompletionReply(Reply):
     def _advance(self, token: str) -> int:
         offset, self._offset = self._offset, self._offset + len(token)
         return offset
+
+
+def _weights(adapters: AdapterChoice) -> Json:
+    """An adapter as it was trained by its reference; one that is scaled, or a mix, by its parts."""
+    if single := adapters.single:
+        version = single.version
+        return {"adapter": single.reference, "version": version.version, "digest": version.digest}
+    weights: Json = {"adapter": None, "version": None, "digest": adapters.key or None}
+    if adapters.adapters:
+        weights["adapters"] = [_part(each) for each in adapters]
+    return weights
+
+
+def _part(adapter: ChosenAdapter) -> Json:
+    version = adapter.version
+    return {
+        "name": adapter.reference,
+        "version": version.version,
+        "digest": version.digest,
+        "scale": adapter.scale,
+    }
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 2)
 
 
 def _tokens(deltas: list[Delta]) -> list[tuple[int, TokenLogprobs]]:

@@ -1,4 +1,4 @@
-"""Reads an adapter upload: a multipart body of three named parts, the weights streamed to a file.
+"""Reads an adapter upload: a multipart body of named parts, the weights streamed to a file.
 
 Nothing the client names becomes a path, and no part is held in memory beyond its small limit.
 """
@@ -17,13 +17,18 @@ from python_multipart.multipart import MultipartParser
 from starlette.requests import Request
 
 from heddle_adapters.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from heddle_adapters.errors import quoted
+from heddle_adapters.store_index import AdapterDetails
 from heddle_adapters.tensor_file import WEIGHTS_FILE
 from heddle_server.api.body_limit import MAX_DISCARDED_BYTES
 from heddle_server.api.errors import BodyTooLarge, InvalidRequest, UnknownParameter
 
 NAME_PART = "name"
-_SMALL_PARTS = {NAME_PART: 1024, CONFIG_FILE: MAX_CONFIG_BYTES}
+_DETAIL_PARTS = {"alias": 1024, "tags": 8192, "description": 16 * 1024, "pinned": 16, "ttl_seconds": 32}
+_SMALL_PARTS = {NAME_PART: 1024, CONFIG_FILE: MAX_CONFIG_BYTES, **_DETAIL_PARTS}  # to the bytes they may have
+_PARTS = (NAME_PART, CONFIG_FILE, WEIGHTS_FILE, *_DETAIL_PARTS)
 _MAX_HEADER_BYTES = 16 * 1024
+_MAX_CONTENT_TYPE_CHARS = 1024
 _WRITE_BYTES = 1 << 20  # one trip to the worker thread per MiB
 
 
@@ -31,13 +36,18 @@ _WRITE_BYTES = 1 << 20  # one trip to the worker thread per MiB
 class Upload:
     """The parts of one upload."""
 
-    name: str
+    name: str | None  # None: the client gave none
     config: bytes
     weights_path: Path
+    details: AdapterDetails
 
 
 async def read_upload(request: Request, max_bytes: int, folder: Path) -> Upload:
-    """The upload in `request`, its weights in a file in `folder`; raises `InvalidRequest`."""
+    """The upload in `request`, its weights in a file in `folder`; raises `InvalidRequest`.
+
+    Beside the two files and the name, which only a dry run can do without, it may have the parts alias, tags
+    (separated by commas), description, pinned (true or false) and ttl_seconds; an empty one counts as left out.
+    """
     chunks = request.stream()
     try:
         return await _read(request, chunks, max_bytes, folder / WEIGHTS_FILE)
@@ -113,28 +123,64 @@ class _Parts:
     def finished(self, weights_path: Path) -> Upload:
         if not self.is_complete:
             raise InvalidRequest("The upload ends in the middle: its last boundary is missing.")
-        missing = next((name for name in (NAME_PART, CONFIG_FILE, WEIGHTS_FILE) if name not in self.values), None)
+        missing = next((name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in self.values), None)
         if missing:
             raise InvalidRequest(f"The upload has no part named {missing!r}.", param=missing)
-        name = bytes(self.values[NAME_PART]).decode("utf-8", "replace")
-        return Upload(name, bytes(self.values[CONFIG_FILE]), weights_path)
+        name = self._text(NAME_PART) if NAME_PART in self.values else None
+        return Upload(name, bytes(self.values[CONFIG_FILE]), weights_path, self._details())
+
+    def _details(self) -> AdapterDetails:
+        texts = {part: self._text(part) for part in _DETAIL_PARTS if self.values.get(part)}
+        return AdapterDetails(
+            alias=texts.get("alias"),
+            tags=_tags(texts["tags"]) if "tags" in texts else None,
+            description=texts.get("description"),
+            is_pinned=_flag("pinned", texts["pinned"]) if "pinned" in texts else None,
+            ttl_seconds=_whole_number("ttl_seconds", texts["ttl_seconds"]) if "ttl_seconds" in texts else None,
+        )
+
+    def _text(self, part: str) -> str:
+        try:
+            return bytes(self.values[part]).decode()
+        except UnicodeDecodeError:
+            raise InvalidRequest(f"The part {part!r} is not valid UTF-8 text.", param=part) from None
 
     def _name_part(self, disposition: str) -> None:
         header = Message()
         header["content-disposition"] = disposition
         name = str(header.get_param("name", "", "content-disposition"))
-        if name not in (NAME_PART, CONFIG_FILE, WEIGHTS_FILE):
-            wanted = f"{NAME_PART!r}, {CONFIG_FILE!r} and {WEIGHTS_FILE!r}"
-            raise UnknownParameter(f"Unknown part {name[:64]!r}. An upload has the parts {wanted}.", param=name[:64])
+        if name not in _PARTS:
+            raise UnknownParameter(
+                f"Unknown part {name[:64]!r}. An upload has the parts {NAME_PART!r}, {CONFIG_FILE!r} and "
+                f"{WEIGHTS_FILE!r}, and may have {', '.join(_DETAIL_PARTS)}.",
+                param=name[:64],
+            )
         if name in self.values:
             raise InvalidRequest(f"The part {name!r} is there twice.", param=name)
         self.values[name] = bytearray()
         self.current = name
 
 
+def _tags(text: str) -> tuple[str, ...]:
+    return tuple(tag.strip() for tag in text.split(",") if tag.strip())
+
+
+def _flag(part: str, text: str) -> bool:
+    if text not in ("true", "false"):
+        raise InvalidRequest(f"{part!r} is {quoted(text)}; it must be true or false.", param=part)
+    return text == "true"
+
+
+def _whole_number(part: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise InvalidRequest(f"{part!r} is {quoted(text)}; it must be a whole number of 0 or more.", param=part)
+    return int(text)
+
+
 def _parser(request: Request, parts: _Parts) -> MultipartParser:
     header = Message()
-    header["content-type"] = request.headers.get("content-type", "")
+    # The standard library takes seconds to read 60,000 quoted semicolons; a boundary has 70 characters at most.
+    header["content-type"] = request.headers.get("content-type", "")[:_MAX_CONTENT_TYPE_CHARS]
     boundary = header.get_param("boundary")
     if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
         raise InvalidRequest(

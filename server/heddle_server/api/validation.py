@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from heddle_server.api.adapter_protocol import AdapterChanges, AliasTarget, ListQuery
 from heddle_server.api.errors import ApiError, InvalidRequest, UnknownParameter, UnsupportedParameter, did_you_mean
 from heddle_server.api.protocol import ChatCompletionRequest, CompletionRequest, Message, StreamOptions
+from heddle_server.api.wire_fields import ADAPTER_FORMS, ScaledAdapter
 
 # What other servers call the field that chooses an adapter.
 _MEANT_ADAPTER = ("lora", "lora_path", "lora_name", "lora_request", "adapter_id", "adapter_name", "adapters")
 
-_FIELDS = {
-    name for model in (ChatCompletionRequest, CompletionRequest, Message, StreamOptions) for name in model.model_fields
-}
+_GENERATION = (ChatCompletionRequest, CompletionRequest, Message, StreamOptions, ScaledAdapter)
+_MODELS = (*_GENERATION, AdapterChanges, AliasTarget, ListQuery)
+_FIELDS = {name for model in _MODELS for name in model.model_fields}
 
 
 def invalid_body(reports: Sequence[Any]) -> ApiError:
@@ -31,7 +33,7 @@ def invalid_body(reports: Sequence[Any]) -> ApiError:
             what = report["ctx"]["what"]
             return UnsupportedParameter(f"{what} of '{param}' is not served yet. Leave it out.", param=param)
         case "invalid_value":
-            return InvalidRequest(f"{report['ctx']['message']}.", param=param)
+            return InvalidRequest(f"{report['msg']}.", param=param)
         case "missing" if param is not None:
             return InvalidRequest(f"'{param}' is required.", param=param)
         case _ if param is None:
@@ -54,6 +56,6 @@ def _param(location: Sequence[str | int]) -> str | None:
     parts = [
         str(part)[:64]
         for position, part in enumerate(location)
-        if isinstance(part, int) or part in _FIELDS or position == last
+        if isinstance(part, int) or part in _FIELDS or (position == last and part not in ADAPTER_FORMS)
     ]
     return ".".join(parts) or None

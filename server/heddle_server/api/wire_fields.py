@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+MAX_REFERENCE_LENGTH = 272  # namespace, name and a whole digest
+MAX_MIXED_ADAPTERS = 8
+MAX_SCALE = 100.0
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 64
 
@@ -98,3 +101,37 @@ def _one_prompt(prompt: object) -> object:
 
 
 Prompt = Annotated[str | list[int], BeforeValidator(_one_prompt)]
+
+
+class ScaledAdapter(WireModel):
+    """One adapter of a request, and how strongly it counts: 1 is the adapter as it was trained."""
+
+    name: Annotated[str, Field(max_length=MAX_REFERENCE_LENGTH, description="A reference, as team/sql@prod.")]
+    scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
+
+
+# What pydantic puts into an error's location for the forms below; nothing that a client wrote.
+ADAPTER_FORMS = ("<reference>", "<object>", "<list>")
+
+
+def _adapter_form(adapter: object) -> str | None:
+    for form, kind in zip(ADAPTER_FORMS, (str, dict | ScaledAdapter, list), strict=True):
+        if isinstance(adapter, kind):
+            return form
+    return None
+
+
+def _one_of(message: str) -> Discriminator:
+    return Discriminator(_adapter_form, custom_error_type="invalid_value", custom_error_message=message)
+
+
+_Reference = Annotated[str, Field(max_length=MAX_REFERENCE_LENGTH), Tag(ADAPTER_FORMS[0])]
+_Scaled = Annotated[ScaledAdapter, Tag(ADAPTER_FORMS[1])]
+_Mixable = Annotated[
+    _Reference | _Scaled, _one_of("Each adapter of a list must be a name or an object {'name': ..., 'scale': ...}")
+]
+_Mix = Annotated[list[_Mixable], Field(min_length=1, max_length=MAX_MIXED_ADAPTERS), Tag(ADAPTER_FORMS[2])]
+AdapterField = Annotated[
+    _Reference | _Scaled | _Mix,
+    _one_of("adapter must be a name, an object {'name': ..., 'scale': ...} or a list of those"),
+]

@@ -14,24 +14,35 @@ from pathlib import Path
 import torch
 
 from heddle_adapters.base_layout import BaseLayout
-from heddle_adapters.content_folder import open_content
-from heddle_adapters.device_rows import DeviceRows, PackedAdapter, Packer
-from heddle_adapters.errors import AdapterDamaged, AdapterError
+from heddle_adapters.device_rows import DeviceRows
+from heddle_adapters.errors import AdapterDamaged, AdapterError, AdapterExceedsPool
+from heddle_adapters.eviction import EvictionOrder
+from heddle_adapters.host_tier import HostTier
+from heddle_adapters.loader import AdapterLoader
 from heddle_adapters.page_pool import PagePool
-from heddle_adapters.residency import AdapterTooLarge, Residency
+from heddle_adapters.residency import AdapterCapacity, Residency
+from heddle_adapters.row_compiler import RowCompiler
 from heddle_kernels.dispatch import select_kernels
 from heddle_server.config import PAGE_TOKENS, ConfigError, EngineConfig
 from heddle_server.engine.kv_cache import KvCache
 from heddle_server.engine.model_loader import LoadedModel, load_model
 from heddle_server.engine.model_runner import ModelRunner
-from heddle_server.engine.resources import default_threads, pool_bytes
+from heddle_server.engine.resources import default_threads, host_cache_bytes, pool_bytes
 from heddle_server.engine.sampler import Sampled
 from heddle_server.engine.scheduler import PoolTooSmall, Scheduler
 from heddle_server.engine.self_test import self_test
 from heddle_server.engine.sequence import Sequence
-from heddle_server.engine.weave import ForwardContext, base_bias, weave
-from heddle_server.messages import EngineStats, FinishReason, ModelCard, TokenOutput
-from heddle_server.request import Request
+from heddle_server.engine.weave import ForwardContext, base_biases, weave
+from heddle_server.messages import (
+    AdapterMove,
+    AdmissionReport,
+    CacheReport,
+    EngineStats,
+    FinishReason,
+    ModelCard,
+    TokenOutput,
+)
+from heddle_server.request import LOCAL_TENANT, Request
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +55,8 @@ Progress = Callable[[str, float, str], None]  # (phase, seconds, detail)
 
 ERROR_CODES: tuple[tuple[type[Exception], str], ...] = (
     (AdapterDamaged, "adapter_damaged"),
-    (AdapterTooLarge, "adapter_capacity"),
+    (AdapterExceedsPool, "adapter_too_large"),
+    (AdapterCapacity, "adapter_capacity"),
     (PoolTooSmall, "adapter_capacity"),
     (AdapterError, "adapter_load_failed"),
     (Exception, "internal_error"),
@@ -60,7 +72,7 @@ class Engine:
         on_progress: Progress = lambda phase, seconds, detail: None,
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
-        """Loads the base. `on_loaded` is called in the loader thread whenever an adapter has been read.
+        """Loads the base. `on_loaded` is called in a loader thread whenever an adapter has come nearer.
 
         Raises ConfigError when the base cannot be served with these settings.
         """
@@ -79,22 +91,27 @@ class Engine:
             num_pages = pool_bytes(config, loaded.device) // page_bytes
             max_model_len = _max_model_len(config, loaded, num_pages)
             memory = torch.zeros(num_pages * page_bytes, dtype=torch.uint8, device=loaded.device)
-            pool = PagePool(num_pages, page_bytes)
-            rows = DeviceRows(memory, pool, loaded.dtype, len(sites))
+            pool = PagePool(num_pages, page_bytes, EvictionOrder(config.eviction))
+        biases = base_biases(loaded.model, sites)
+        rows = DeviceRows(memory, pool, loaded.dtype, layout, biases)
+        compiler = RowCompiler(Path(config.store_path), layout, _name_of(loaded.dtype), page_bytes, biases)
         self._runner = ModelRunner(loaded, context, rows, memory, num_pages, PAGE_TOKENS, kernels)
-
-        def load_adapter(digest: str) -> PackedAdapter:
-            checkpoint = open_content(Path(config.store_path), digest, layout)
-            packer = Packer(page_bytes, loaded.dtype)
-            return packer.pack(checkpoint.compile(), layout.index(), lambda path: base_bias(loaded.model, path))
-
         self._pool = pool
         self._kv_cache = KvCache(pool, PAGE_TOKENS)
-        self._residency = Residency(load_adapter, rows, pool, on_loaded)
+        self._host = HostTier(host_cache_bytes(config), EvictionOrder(config.eviction))
+        self._residency = Residency(
+            AdapterLoader(compiler, rows, on_loaded),
+            rows,
+            pool,
+            self._host,
+            tenant_page_limit=int(config.tenant_pool_share * num_pages),
+        )
         self._scheduler = Scheduler(self._kv_cache, self._residency, config.max_batch_tokens, config.max_batch_requests)
         self._sequences: dict[int, Sequence] = {}
         self._refused: list[tuple[Sequence, Exception]] = []  # to be told at the next step
         self.num_steps = 0
+        self._num_computed_tokens = 0
+        self._step_seconds = 0.0
         self.model = _model_card(loaded, layout, max_model_len, num_pages, page_bytes)
 
     @property
@@ -116,9 +133,21 @@ class Engine:
         if (sequence := self._sequences.pop(request_id, None)) is not None:
             self._scheduler.finish(sequence)
 
+    def prepare_adapter(self, digest: str) -> None:
+        """New content: compile its rows in the background, so that its first request finds them."""
+        self._residency.prepare(digest)
+
+    def pin_adapters(self, digests: tuple[str, ...]) -> None:
+        """Keep these on the device from now on, in place of those pinned before."""
+        self._residency.pin(digests, LOCAL_TENANT)
+
     def forget_adapter(self, digest: str) -> None:
         """No request will name this adapter again."""
         self._residency.forget(digest)
+
+    def take_moves(self) -> list[AdapterMove]:
+        """Which adapters have changed tiers since this was last asked."""
+        return self._residency.take_moves()
 
     def step(self) -> list[TokenOutput]:
         """Plan, run, sample, advance. Empty when every request waits for an adapter, or none is there."""
@@ -129,6 +158,7 @@ class Engine:
         if not plan.chunks:
             return outputs
         self.num_steps += 1
+        started = time.monotonic()
         try:
             sampled = self._runner.run(plan.chunks)
         except Exception as error:
@@ -136,6 +166,8 @@ class Engine:
                 raise  # after a device error the whole context is unusable
             logger.exception("a step failed; its requests end with an error, the others go on")
             return outputs + [self._fail(chunk.sequence, error) for chunk in plan.chunks]
+        self._step_seconds += time.monotonic() - started
+        self._num_computed_tokens += sum(chunk.num_tokens for chunk in plan.chunks)
         for chunk in plan.chunks:
             chunk.sequence.num_computed += chunk.num_tokens
             if not chunk.completes:
@@ -149,25 +181,44 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Gauges of this moment, counters since the start."""
+        pool, residency, scheduler, host = self._pool, self._residency, self._scheduler, self._host
         num_cached = self._kv_cache.num_idle_pages
-        num_adapter = self._residency.num_pages
-        used = self._pool.num_pages - self._pool.num_free
+        num_adapter = residency.num_pages
+        num_loading = residency.num_loading_pages
         return EngineStats(
-            num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
-            num_pages=self._pool.num_pages,
-            num_free_pages=self._pool.num_free,
-            num_kv_pages=used - num_cached - num_adapter,
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            num_pages=pool.num_pages,
+            num_free_pages=pool.num_free,
+            num_kv_pages=pool.num_pages - pool.num_free - num_cached - num_adapter - num_loading,
             num_cached_pages=num_cached,
             num_adapter_pages=num_adapter,
-            num_resident_adapters=self._residency.num_resident,
+            num_resident_adapters=residency.num_resident,
             num_steps=self.num_steps,
-            num_preemptions=self._scheduler.num_preemptions,
-            num_adapter_loads=self._residency.num_loads,
-            num_adapter_evictions=self._residency.num_evictions,
+            num_preemptions=scheduler.num_preemptions,
+            num_pinned_pages=residency.num_pinned_pages,
+            num_loading_pages=num_loading,
+            adapter_used_bytes=residency.used_bytes,
+            host_bytes=host.num_bytes,
+            host_budget_bytes=host.budget_bytes,
+            num_host_adapters=host.num_adapters,
+            num_device_hits=residency.num_requests["device"],
+            num_host_hits=residency.num_requests["host"],
+            num_misses=residency.num_requests["disk"],
+            num_adapter_loads=residency.num_loads,
+            num_adapter_evictions=residency.num_evictions,
+            num_host_evictions=host.num_evictions,
             num_prefix_queries=self._kv_cache.num_queries,
             num_prefix_hits=self._kv_cache.num_hits,
+            num_prefix_evictions=self._kv_cache.num_evictions,
+            num_segments=self._runner.num_segments,
+            num_computed_tokens=self._num_computed_tokens,
+            step_seconds=self._step_seconds,
         )
+
+    def describe_cache(self, query_id: int) -> CacheReport:
+        """What lies in the pool and the host tier at this moment."""
+        return CacheReport(query_id, self._pool.eviction.policy, self._residency.describe(), self.stats())
 
     def check_integrity(self) -> None:
         """Every page, reference and table line is accounted for."""
@@ -191,6 +242,7 @@ class Engine:
             logprobs=None if sampled.logprobs is None else (sampled.logprobs,),
             finish_reason=finish_reason,
             num_cached_tokens=sequence.num_cached,
+            admission=_admission(sequence) if sequence.num_generated == 1 else None,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -201,7 +253,7 @@ class Engine:
         return "length" if is_full or sequence.num_generated >= sampling.max_tokens else None
 
     def _not_finite(self, sequence: Sequence) -> Exception:
-        if sequence.request.adapter_digest is None:
+        if not sequence.request.adapters:
             return ArithmeticError(f"The base's own logits are not finite in {self.model.dtype}.")
         return AdapterOverflow(
             f"The adapter's weights are too large for {self.model.dtype}: its logits are not finite. "
@@ -224,6 +276,15 @@ class Engine:
         )
 
 
+def _admission(sequence: Sequence) -> AdmissionReport:
+    assert sequence.started_at is not None, "it has been computed and never started"
+    return AdmissionReport(sequence.tier, sequence.load_seconds, sequence.started_at - sequence.arrived_at)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: int) -> int:
     """The longest context that the model knows, the user wants and the pool can hold."""
     wanted = config.max_model_len or loaded.context_length
@@ -243,7 +304,7 @@ def _model_card(
 ) -> ModelCard:
     return ModelCard(
         layout=layout,
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype=_name_of(loaded.dtype),
         device=loaded.device.type,
         vocabulary_size=loaded.model.get_input_embeddings().weight.shape[0],
         max_model_len=max_model_len,

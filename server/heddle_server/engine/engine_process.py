@@ -18,9 +18,12 @@ from heddle_server.config import ConfigError, EngineConfig
 from heddle_server.engine.engine import Engine
 from heddle_server.messages import (
     Abort,
+    DescribeCache,
     ForgetAdapter,
     FromEngine,
     Generate,
+    PinAdapters,
+    PrepareAdapter,
     Ready,
     Shutdown,
     StartupFailed,
@@ -113,11 +116,17 @@ def serve(engine: Engine, channel: Channel) -> None:
                     engine.abort(request_id)
                 case ForgetAdapter(digest):
                     engine.forget_adapter(digest)
+                case PrepareAdapter(digest):
+                    engine.prepare_adapter(digest)
+                case PinAdapters(digests):
+                    engine.pin_adapters(digests)
+                case DescribeCache(query_id):
+                    channel.send(engine.describe_cache(query_id))
                 case Shutdown():
                     return
         num_steps = engine.num_steps
         outputs = engine.step()
-        channel.send(StepOutput(outputs, engine.stats()))
+        channel.send(StepOutput(outputs, engine.take_moves(), engine.stats()))
         is_idle = engine.num_steps == num_steps and not outputs  # a failure may have made room for who waits
 
 

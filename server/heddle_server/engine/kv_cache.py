@@ -6,14 +6,19 @@ adapter's content and to the tenant's salt, so that equal keys mean equal keys a
 
 from __future__ import annotations
 
-import time
 from array import array
-from collections import OrderedDict
+from functools import partial
 from hashlib import sha256
 
 from heddle_adapters.page_pool import PagePool
 from heddle_server.engine.sequence import Sequence
 from heddle_server.request import Request
+
+# What computing a page again costs, beside copying as many bytes from host memory. Of an 8B model on an H200, 16 tokens
+# are 2 * 16 * 8e9 operations, 0.5 ms at 5e14 a second, and their 2 MiB of keys and values are 0.05 ms over PCIe: ten
+# times. A smaller model is nearer to 8 and a CPU far above, but a missing adapter also makes its request wait, so the
+# lower end is taken. An estimate: nothing of it was measured.
+RECOMPUTE_COST = 8
 
 
 class KvCache:
@@ -24,14 +29,14 @@ class KvCache:
         self._page_tokens = page_tokens
         self._page_of_key: dict[bytes, int] = {}  # the cache holds one reference to each of these pages
         self._key_of_page: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, float] = OrderedDict()  # cached pages no sequence uses, oldest first
         self.num_queries = 0  # prompt tokens looked up
         self.num_hits = 0  # of those, found
-        pool.add_reclaimer(self)
+        self.num_evictions = 0  # cached pages given up
+        self.num_idle_pages = 0  # cached pages that no sequence uses
 
-    @property
-    def num_idle_pages(self) -> int:
-        return len(self._idle)
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a page is cached under this key."""
+        return key in self._page_of_key
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_tokens)
@@ -44,8 +49,10 @@ class KvCache:
         for key in sequence.page_keys[:usable]:
             if (page := self._page_of_key.get(key)) is None:
                 break
+            if self._pool.references(page) == 1:
+                self._pool.eviction.withdraw(key)
+                self.num_idle_pages -= 1
             self._pool.share(page)
-            self._idle.pop(page, None)
             sequence.pages.append(page)
         sequence.num_entered = len(sequence.pages)
         sequence.num_computed = len(sequence.pages) * self._page_tokens
@@ -75,22 +82,19 @@ class KvCache:
                 self._key_of_page[page] = key
 
     def release(self, sequence: Sequence) -> None:
-        """Let go of every page; cached ones stay, the end of a chain being the first to be reclaimed."""
-        now = time.monotonic()
-        for page in reversed(sequence.pages):
+        """Let go of every page; cached ones stay, the end of a chain being the first to be given up.
+
+        Pages count as used when they are let go of, the beginning of the chain last, so that none ever outlives one
+        before it.
+        """
+        for number, page in reversed(list(enumerate(sequence.pages))):
             self._pool.free(page)
+            if number < sequence.num_entered and (key := sequence.page_keys[number]) in self._page_of_key:
+                self._pool.eviction.touch(key)  # even if another sequence's page was entered under it
             if page in self._key_of_page and self._pool.references(page) == 1:
-                self._idle[page] = now
+                self._offer(page, self._key_of_page[page])
         sequence.pages = []
         sequence.num_computed = sequence.num_entered = 0
-
-    def oldest_idle(self) -> float | None:
-        return next(iter(self._idle.values()), None)
-
-    def reclaim_oldest(self) -> None:
-        page, _ = self._idle.popitem(last=False)
-        del self._page_of_key[self._key_of_page.pop(page)]
-        self._pool.free(page)
 
     def check_integrity(self, sequences: list[Sequence]) -> None:
         """Every page's references are the sequences that hold it and, if it is cached, the cache."""
@@ -99,8 +103,23 @@ class KvCache:
             expected = holders.count(page) + (page in self._key_of_page)
             assert self._pool.references(page) == expected, f"page {page} has not its {expected} references"
         in_use = set(holders)
-        assert set(self._idle) == {page for page in self._key_of_page if page not in in_use}, "idle pages miscounted"
+        idle = {page for page in self._key_of_page if page not in in_use}
+        assert len(idle) == self.num_idle_pages, f"{len(idle)} pages are idle, {self.num_idle_pages} are counted"
+        for page, key in self._key_of_page.items():
+            assert (key in self._pool.eviction) == (page in idle), f"page {page} is in use and could be given up"
         assert {page: key for key, page in self._page_of_key.items()} == self._key_of_page, "cache index torn"
+
+    def _offer(self, page: int, key: bytes) -> None:
+        page_bytes = self._pool.page_bytes
+        self._pool.eviction.offer(key, page_bytes, RECOMPUTE_COST * page_bytes, partial(self._give_back, page, key))
+        self.num_idle_pages += 1
+
+    def _give_back(self, page: int, key: bytes) -> None:
+        del self._page_of_key[key], self._key_of_page[page]
+        self._pool.free(page)
+        self._pool.eviction.forget(key)
+        self.num_idle_pages -= 1
+        self.num_evictions += 1
 
     def _extend_keys(self, sequence: Sequence, num_tokens: int) -> None:
         """Compute the keys of the leading full pages among the first `num_tokens` tokens."""
@@ -112,8 +131,7 @@ class KvCache:
 
 def root_key(request: Request) -> bytes:
     """The key that every prefix of this adapter and tenant starts from."""
-    adapter = (request.adapter_digest or "").encode()
-    return sha256(_fields(b"heddle-kv-root-1", adapter, request.cache_salt)).digest()
+    return sha256(_fields(b"heddle-kv-root-1", request.adapter_key.encode(), request.cache_salt)).digest()
 
 
 def page_key(parent: bytes, token_ids: list[int]) -> bytes:

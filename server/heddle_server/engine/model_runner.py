@@ -39,6 +39,7 @@ class ModelRunner:
         self._rows = rows
         self._ops = kernels.ops
         self._page_tokens = page_tokens
+        self.num_segments = 0  # over all steps
         self._kv = memory.view(loaded.dtype).view(
             num_pages, shape.num_layers, 2, page_tokens, shape.num_kv_heads, shape.head_dim
         )
@@ -84,6 +85,7 @@ class ModelRunner:
 
     def _adapter_batch(self, segments: Segments, head_segments: Segments) -> AdapterBatch | None:
         """None for a base-only batch: no adapter code runs at all."""
+        self.num_segments += len(segments.slot)
         slots = {slot for slot in segments.slot if slot != BASE_SLOT}
         if not slots:
             return None

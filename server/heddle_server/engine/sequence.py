@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from heddle_adapters.tier import Tier
 from heddle_server.request import Request
 
 
@@ -19,7 +20,11 @@ class Sequence:
     num_entered: int = 0  # leading pages that were offered to the prefix cache
     num_computed: int = 0  # tokens whose keys and values lie in the pages
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
-    has_started: bool = False  # whether it has been admitted before
+    tier: Tier | None = None  # where its adapter was when it arrived; None for the base
+    arrived_at: float = 0.0  # on the monotonic clock
+    started_at: float | None = None  # when it was first admitted
+    load_seconds: float = 0.0  # of the time between, until its adapter was on the device
+    num_overtaken: int = 0  # requests that were started while this one waited for room
 
     @classmethod
     def of(cls, request: Request) -> Sequence:

@@ -107,7 +107,7 @@ def site_of(path: str, module: nn.Linear | Conv1D) -> Site:
     return Site(path, "linear", in_features, out_features, has_bias=module.bias is not None)
 
 
-def base_bias(model: PreTrainedModel, path: str) -> NDArray[np.float32] | None:
-    """b0 of a woven site; None where the base adds none."""
-    bias: Tensor | None = model.get_submodule(path).bias
-    return None if bias is None else bias.detach().float().cpu().numpy()
+def base_biases(model: PreTrainedModel, sites: tuple[Site, ...]) -> dict[str, NDArray[np.float32]]:
+    """b0 [out_features] by path, of the sites where the base adds one."""
+    biases = {site.path: model.get_submodule(site.path).bias for site in sites if site.has_bias}
+    return {path: bias.detach().float().cpu().numpy() for path, bias in biases.items()}

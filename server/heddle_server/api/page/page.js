@@ -55,6 +55,7 @@ class Card {
     this.part("numbers").hidden = true;
     this.part("first-token").textContent = "–";
     this.part("speed").textContent = "–";
+    this.part("source").textContent = "–";
     this.show(state);
   }
 
@@ -84,6 +85,7 @@ class Card {
       }
       if (text) this.part("answer").append(text);
       finishReason = choice?.finish_reason ?? finishReason;
+      if (event.heddle) this.part("source").textContent = sourceText(event.heddle);
       if (event.usage) this.part("speed").textContent = speedText(event.usage.completion_tokens, sentAt);
     }
     if (finishReason === "length") this.show("Cut off at the length limit.");
@@ -111,6 +113,11 @@ function chatRequest(adapter, text) {
 function speedText(numTokens, sentAt) {
   const perSecond = numTokens / ((performance.now() - sentAt) / 1000);
   return `${perSecond < 10 ? perSecond.toFixed(1) : Math.round(perSecond)} tokens/s`;
+}
+
+function sourceText({ cache, load_ms: loadMs }) {
+  if (cache === null) return "–";
+  return cache === "device" ? "on the device" : `from ${cache}, ${Math.round(loadMs)} ms`;
 }
 
 function curlCommand(adapter, text) {

@@ -1,0 +1,339 @@
+"""`heddle adapters`: push, list, show, alias, pin and remove the adapters of a running server."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from heddle_server.options import format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from heddle_server.adapters_client import AdaptersClient
+
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+PIPED_COLUMNS = 200  # of a table that no terminal limits
+
+app = typer.Typer(
+    name="adapters",
+    help="The adapters of a running server: push, list, show, alias, pin and remove them.",
+    no_args_is_help=True,
+)
+
+_DURATION = re.compile(r"(?P<number>\d{1,12})(?P<unit>[smhdw]?)")
+_UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+
+
+def parse_duration(text: str) -> int:
+    """Seconds of "90", "30m", "12h", "7d" or "2w"."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no time; write for example 30m, 12h or 7d.")
+    return int(match["number"]) * _UNIT_SECONDS[match["unit"]]
+
+
+Server = Annotated[
+    str, typer.Option("--server", metavar="URL", envvar="HEDDLE_SERVER", help="Address of the running server.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print what the server says, as JSON.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's name, perhaps with its namespace: team/sql.")]
+
+
+@app.command("push")
+def push_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="Folder that save_pretrained wrote.")
+    ],
+    name: Annotated[str | None, typer.Option("--name", help="Its name (default: the folder's).")] = None,
+    alias: Annotated[str | None, typer.Option("--alias", help="Alias to move to the new version.")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="May be given more than once.")] = None,
+    description: Annotated[str | None, typer.Option("--description", help="What it is for.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it on the device.")] = False,
+    ttl: Annotated[
+        int | None,
+        typer.Option("--ttl", parser=parse_duration, metavar="TIME", help="Delete it after 12h, 7d, ...; 0: never."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check it and say what memory it would take; store nothing.")
+    ] = False,
+    as_json: Json = False,
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Upload the adapter in DIR, or a new version of it."""
+    _check_folder(folder)
+    _check_tags(tag or [])
+    said = {
+        "name": name or folder.resolve().name,
+        "alias": alias,
+        "tags": ",".join(tag) if tag else None,
+        "description": description,
+        "pinned": "true" if pin else None,
+        "ttl_seconds": None if ttl is None else str(ttl),
+    }
+    texts = {part: text for part, text in said.items() if text is not None}
+    with _client(server) as client, _progress(folder) as on_sent:
+        reply = client.push(folder, texts, is_dry_run=dry_run, on_sent=on_sent)
+    if as_json:
+        _print_json(reply)
+    elif dry_run:
+        _say_dry_run(reply)
+    else:
+        typer.echo(f"pushed {_plain(reply['reference'])}: {_summary(reply)}")
+
+
+@app.command("ls")
+def list_command(
+    part: Annotated[str | None, typer.Option("-q", "--query", help="Part of the name.")] = None,
+    tag: Annotated[str | None, typer.Option("--tag", help="With this tag.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Of this method, for example LoRA.")] = None,
+    status: Annotated[str | None, typer.Option("--status", help="ready or quarantined.")] = None,
+    tier: Annotated[str | None, typer.Option("--tier", help="On the device, in host memory (host) or on disk.")] = None,
+    pinned: Annotated[bool | None, typer.Option("--pinned/--not-pinned", help="Kept on the device, or not.")] = None,
+    as_json: Json = False,
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """List the adapters, all or those that pass the filters."""
+    asked = {"q": part, "tag": tag, "method": method, "status": status, "tier": tier}
+    filters = {key: value for key, value in asked.items() if value is not None}
+    if pinned is not None:
+        filters["pinned"] = str(pinned).lower()
+    with _client(server) as client:
+        cards = list(client.cards(filters))
+    if as_json:
+        _print_json(cards)
+    else:
+        _print_table(cards)
+
+
+@app.command("show")
+def show_command(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME@3, NAME@prod or NAME@sha256:...")],
+    as_json: Json = False,
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Show one adapter, and its versions."""
+    with _client(server) as client:
+        card = client.card(reference)
+        versions = client.versions(card["name"])
+    if as_json:
+        _print_json({**card, "versions": versions})
+    else:
+        _print_card(card, versions)
+
+
+@app.command("alias")
+def alias_command(
+    name: Name,
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="For example prod.")],
+    target: Annotated[
+        str | None, typer.Argument(metavar="TARGET", help="Version number, another alias, or sha256:...")
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Make the alias mean nothing.")] = False,
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Make NAME@ALIAS mean another version, for every request from now on."""
+    if remove == (target is not None):
+        raise typer.BadParameter("Give either a TARGET or --remove.")
+    with _client(server) as client:
+        if target is None:
+            removed = client.remove_alias(name, alias)
+            typer.echo(f"{name}@{alias} is gone; it meant version {removed['version']}")
+            return
+        now = client.set_alias(name, alias, target)
+    before = now["previous"]
+    typer.echo(f"{name}@{alias} now means version {now['version']}" + ("" if before else "; it is new"))
+    if before and before["version"] != now["version"]:
+        typer.echo(
+            f"it meant version {before['version']}; back: heddle adapters alias {name} {alias} {before['version']}"
+        )
+
+
+@app.command("pin")
+def pin_command(
+    name: Name,
+    unpin: Annotated[bool, typer.Option("--unpin", help="Let it give way again.")] = False,
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Keep an adapter's newest version on the device."""
+    with _client(server) as client:
+        client.change(name, pinned=not unpin)
+    typer.echo(f"{name} may give way to others again" if unpin else f"{name} stays on the device")
+
+
+@app.command("rm")
+def remove_command(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="NAME for all its versions, or NAME@3 for one.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Delete an adapter or one version; running requests finish on it."""
+    with _client(server) as client:
+        if not yes:
+            card = client.card(reference)
+            everything = f"{reference} with {_count(card['num_versions'], 'version')}"
+            typer.confirm(f"Delete {card['reference'] if '@' in reference else everything}?", abort=True)
+        gone = client.delete(reference)
+    numbers = ", ".join(str(version["version"]) for version in gone["versions"])
+    typer.echo(f"deleted {reference} (version {numbers})")
+    if gone["draining"]:
+        typer.echo(f"{_count(gone['draining'], 'running request')} will finish on it")
+
+
+@contextmanager
+def _client(server: str) -> Iterator[AdaptersClient]:
+    """A client whose errors end the command with status 1 and one line."""
+    from heddle_server.adapters_client import AdaptersClient, ServerError
+
+    try:
+        yield AdaptersClient(server)
+    except ServerError as error:
+        typer.secho(f"heddle: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+def _check_folder(folder: Path) -> None:
+    from heddle_server.adapters_client import FILES
+
+    for file in FILES:
+        if not (folder / file).is_file():
+            raise typer.BadParameter(f"{folder} has no {file}; give the folder that PEFT's save_pretrained wrote.")
+
+
+def _check_tags(tags: list[str]) -> None:
+    for tag in tags:
+        if "," in tag:
+            raise typer.BadParameter(f"A tag has no comma: {tag!r}. Give --tag more than once.")
+
+
+@contextmanager
+def _progress(folder: Path) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal while the files in `folder` are sent; what it yields counts the bytes."""
+    from rich.progress import Progress
+
+    from heddle_server.adapters_client import FILES
+
+    console = _console(stderr=True)
+    with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("uploading", total=sum((folder / file).stat().st_size for file in FILES))
+        yield lambda num_bytes: progress.advance(task, num_bytes)
+
+
+def _say_dry_run(report: dict[str, Any]) -> None:
+    card, memory = report["card"], report["memory"]
+    pages = f"{_count(memory['pages'], 'page')}, {memory['pool_share']:.2%} of it"
+    typer.echo(f"{_plain(card['name'])} would be taken: {_summary(card)} ({pages})")
+    if not report["is_new_version"]:
+        typer.echo(f"it is what {_plain(card['reference'])} is already: no new version")
+        return
+    typer.echo("a new version" if report["name_exists"] else "a new adapter")
+    if report["is_stored"]:
+        typer.echo(f"the same content is stored as {', '.join(map(_plain, report['stored_as']))}")
+
+
+def _summary(card: dict[str, Any]) -> str:
+    method = f"{_plain(card['method'])}, rank {card['rank']}" if card["rank"] else _plain(card["method"])
+    return f"{method}, {format_size(card['size_bytes'])}, takes {_pool_size(card)} of the page pool"
+
+
+def _print_json(content: object) -> None:
+    typer.echo(json.dumps(content, indent=2))
+
+
+def _print_table(cards: list[dict[str, Any]]) -> None:
+    if not cards:
+        typer.echo("no adapters; upload one with `heddle adapters push DIR`")
+        return
+    table = _table("name", "version", "method", "rank", "pool", "tier", "status", "aliases", "tags", "expires")
+    for card in cards:
+        table.add_row(
+            _plain(card["name"]),
+            str(card["version"]),
+            _plain(card["method"]),
+            str(card["rank"]),
+            _pool_size(card),
+            card["tier"] + (", pinned" if card["pinned"] else ""),
+            card["status"],
+            _plain(_aliases(card)),
+            _plain(", ".join(card["tags"])),
+            _time(card["expires"]),
+        )
+    _console().print(table)
+
+
+def _print_card(card: dict[str, Any], versions: list[dict[str, Any]]) -> None:
+    lines = {
+        "name": card["name"],
+        "version": f"{card['version']} of {card['num_versions']}",
+        "description": card["description"],
+        "tags": ", ".join(card["tags"]),
+        "method": f"{card['method']}, rank {card['rank']}",
+        "in a mix": {"sum": "adds", "product": "multiplies", "alone": "cannot take part"}[card["combination"]],
+        "size": f"{format_size(card['size_bytes'])} uploaded, {_pool_size(card)} of the page pool",
+        "is": f"{card['status']}, {card['tier']}" + (", pinned" if card["pinned"] else ""),
+        "reason": card["reason"],
+        "aliases": _aliases(card),
+        "expires": _time(card["expires"]),
+        "created": _time(card["created"]),
+        "owner": card["owner"],
+        "digest": card["digest"],
+    }
+    width = max(map(len, lines))
+    for label, value in lines.items():
+        if value:
+            typer.echo(f"{label:<{width}}  {_plain(value)}")
+    table = _table("version", "aliases", "method", "rank", "tier", "status", "created", "digest")
+    for each in reversed(versions):
+        aliases, method = _plain(", ".join(each["aliases"])), _plain(each["method"])
+        state = (each["tier"], each["status"], _time(each["created"]), each["digest"].removeprefix("sha256:")[:12])
+        table.add_row(str(each["version"]), aliases, method, str(each["rank"]), *state)
+    _console().print(table)
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(*columns, box=SIMPLE_HEAD)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPED_COLUMNS
+    return console
+
+
+def _plain(text: object) -> str:
+    from heddle_server.adapters_client import printable
+
+    return printable(text)
+
+
+def _aliases(card: dict[str, Any]) -> str:
+    return ", ".join(f"{alias}={version}" for alias, version in card["aliases"].items())
+
+
+def _pool_size(card: dict[str, Any]) -> str:
+    return format_size(card["pool_bytes_estimate"]) if card["pool_bytes_estimate"] is not None else "?"
+
+
+def _time(unix_seconds: int | None) -> str:
+    """Local time, to the minute; nothing for never."""
+    if unix_seconds is None:
+        return ""
+    return datetime.fromtimestamp(unix_seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

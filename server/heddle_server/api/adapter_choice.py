@@ -1,0 +1,93 @@
+"""What a request's adapters were when it was admitted, and whether they can be used together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from heddle_adapters.mix import AdapterPart, adapter_key, in_order
+from heddle_adapters.store_index import AdapterVersion
+from heddle_server.api.errors import AdaptersNotAdditive, InvalidRequest
+
+
+@dataclass(frozen=True)
+class ChosenAdapter:
+    """One adapter of a request."""
+
+    reference: str  # as the client wrote it
+    scale: float
+    version: AdapterVersion
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """None for the base, one, or a mix of several; the same from a request's first to its last token."""
+
+    adapters: tuple[ChosenAdapter, ...] = ()
+
+    @property
+    def parts(self) -> tuple[AdapterPart, ...]:
+        """As the engine wants them."""
+        return in_order([AdapterPart(each.version.digest, each.scale) for each in self.adapters])
+
+    @property
+    def key(self) -> str:
+        """The identity of the weights that answer: an adapter's digest, or a mix's; "" is the base."""
+        return adapter_key(self.parts)
+
+    @property
+    def single(self) -> ChosenAdapter | None:
+        """The one adapter, where it is used as it was trained."""
+        is_single = len(self.adapters) == 1 and self.adapters[0].scale == 1.0
+        return self.adapters[0] if is_single else None
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return tuple(each.reference for each in self.adapters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names without version or alias, each once."""
+        return tuple(dict.fromkeys(each.version.name for each in self.adapters))
+
+    def check(self) -> None:
+        """Raises what forbids to use these adapters together, or with these scales."""
+        self._check_distinct()
+        if self.single is not None:
+            return
+        if alone := [each for each in self.adapters if each.version.combination == "alone"]:
+            raise AdaptersNotAdditive(
+                f"{_list(alone)} can only be used alone and without a scale: what it changes is neither a sum nor a "
+                "product.",
+                param="adapter",
+            )
+        sums = [each for each in self.adapters if _is_sum(each)]
+        products = [each for each in self.adapters if not _is_sum(each)]
+        if sums and products:
+            raise AdaptersNotAdditive(
+                f"{_list(sums)} adds to what the base computes and {_list(products)} multiplies it: adapters of the "
+                "two kinds cannot be mixed. Name adapters of one kind.",
+                param="adapter",
+            )
+
+    def _check_distinct(self) -> None:
+        first: dict[str, ChosenAdapter] = {}
+        for each in self.adapters:
+            other = first.setdefault(each.version.digest, each)
+            if other is not each:
+                remedy = f", with the scales added up: {other.scale + each.scale:g}" if _is_sum(each) else ""
+                raise InvalidRequest(
+                    f"{other.reference!r} and {each.reference!r} are the same adapter. Name it once{remedy}.",
+                    param="adapter",
+                )
+
+    def __iter__(self) -> Iterator[ChosenAdapter]:
+        return iter(self.adapters)
+
+
+def _is_sum(adapter: ChosenAdapter) -> bool:
+    return adapter.version.combination == "sum"
+
+
+def _list(adapters: list[ChosenAdapter]) -> str:
+    return " and ".join(f"{each.reference!r} ({each.version.method})" for each in adapters)

@@ -1,0 +1,85 @@
+"""GET /v1/cache: what lies in the page pool and in host memory at this moment."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+
+from heddle_adapters.store import AdapterStore
+from heddle_server.api.engine_metrics import packing_waste, pages_by_kind, requests_by_tier
+from heddle_server.api.service import service_of
+from heddle_server.messages import CachedAdapter, EngineStats, ModelCard
+
+MAX_ADAPTERS = 10_000
+
+router = APIRouter(tags=["cache"])
+
+
+@router.get("/v1/cache")
+async def describe_cache(
+    request: Request, limit: Annotated[int, Query(ge=0, le=MAX_ADAPTERS, description="Most used adapters first.")] = 100
+) -> dict[str, Any]:
+    """Pages by what they hold, the adapters in memory, and what the cache has done since the engine started."""
+    service = service_of(request)
+    report = await service.engine.describe_cache()
+    model = service.engine.model
+    assert model is not None, "an engine that answers has loaded its model"
+    adapters = sorted(report.adapters, key=lambda each: (-each.num_uses, each.adapter_digest))
+    return {
+        "object": "cache",
+        "policy": report.policy,
+        "pool": _pool(report.stats, model),
+        "host": {
+            "num_adapters": report.stats.num_host_adapters,
+            "bytes": report.stats.host_bytes,
+            "budget_bytes": report.stats.host_budget_bytes,
+        },
+        "requests": {"running": report.stats.num_running, "waiting": report.stats.num_waiting},
+        "counters": _counters(report.stats),
+        "num_adapters": len(adapters),
+        "adapters": [_adapter(each, service.store) for each in adapters[:limit]],
+    }
+
+
+def _pool(stats: EngineStats, model: ModelCard) -> dict[str, Any]:
+    return {
+        "num_pages": stats.num_pages,
+        "page_bytes": model.page_bytes,
+        "pages": pages_by_kind(stats),
+        "pinned_pages": stats.num_pinned_pages,
+        "num_adapters": stats.num_resident_adapters,
+        "adapter_used_bytes": stats.adapter_used_bytes,
+        "packing_waste": round(packing_waste(stats, model), 4),
+    }
+
+
+def _counters(stats: EngineStats) -> dict[str, Any]:
+    return {
+        "requests_by_tier": requests_by_tier(stats),
+        "adapter_loads": stats.num_adapter_loads,
+        "adapter_evictions": {"device": stats.num_adapter_evictions, "host": stats.num_host_evictions},
+        "prefix_queries": stats.num_prefix_queries,
+        "prefix_hits": stats.num_prefix_hits,
+        "prefix_evictions": stats.num_prefix_evictions,
+        "preemptions": stats.num_preemptions,
+        "steps": stats.num_steps,
+        "step_seconds": stats.step_seconds,
+        "segments": stats.num_segments,
+        "computed_tokens": stats.num_computed_tokens,
+    }
+
+
+def _adapter(adapter: CachedAdapter, store: AdapterStore) -> dict[str, Any]:
+    return {
+        "digest": adapter.adapter_digest,
+        "names": list(store.names_of(adapter.adapter_digest)),
+        "tier": adapter.tier,
+        "pages": adapter.num_pages,
+        "size_bytes": adapter.size_bytes,
+        "references": adapter.num_references,
+        "waiting": adapter.num_waiting,
+        "pinned": adapter.is_pinned,
+        "uses": adapter.num_uses,
+        "idle_seconds": round(adapter.idle_seconds, 3),
+    }

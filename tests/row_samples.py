@@ -1,0 +1,128 @@
+"""Random updates for a small base, the canonical formula in float64, and adapters put into a pool in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heddle_adapters.base_layout import BaseLayout, Site
+from heddle_adapters.canonical import CompiledAdapter, Floats, SiteUpdate
+from heddle_adapters.device_rows import DeviceRows, PlacedAdapter
+from heddle_adapters.eviction import EvictionOrder
+from heddle_adapters.packed_adapter import PackedAdapter
+from heddle_adapters.packer import Packer
+from heddle_adapters.page_pool import PagePool
+from heddle_kernels import reference
+from heddle_kernels.segments import Segments
+
+PAGE_BYTES = 512
+DIGEST = "sha256:" + "7" * 64
+
+
+def layout_of(*sites: Site) -> BaseLayout:
+    return BaseLayout("random", "sha256:" + "0" * 64, "none", sites)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def normal(generator: np.random.Generator, *shape: int) -> Floats:
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def random_rows(site: Site, rank: int, generator: np.random.Generator, has_bias: bool = False) -> SiteUpdate:
+    return SiteUpdate(
+        site=site.path,
+        a=normal(generator, rank, site.in_features),
+        b=normal(generator, rank, site.out_features),
+        gain=normal(generator, rank),
+        c=normal(generator, rank),
+        bias=normal(generator, site.out_features) if has_bias else None,
+    )
+
+
+def random_scales(site: Site, generator: np.random.Generator, of_input: bool) -> SiteUpdate:
+    """One that scales the site's input, or its whole output with the base's bias."""
+    scale = normal(generator, site.in_features if of_input else site.out_features)
+    return replace(
+        random_rows(site, 0, generator),
+        in_scale=scale if of_input else None,
+        out_scale=None if of_input else scale,
+        scales_base_bias=not of_input,
+    )
+
+
+def rounded(update: SiteUpdate, dtype: torch.dtype) -> SiteUpdate:
+    """The update with its rows as the pool holds them."""
+
+    def as_stored(values: Floats) -> Floats:
+        stored: Floats = torch.from_numpy(values).to(dtype).float().numpy()
+        return stored
+
+    return replace(update, a=as_stored(update.a), b=as_stored(update.b))
+
+
+def canonical(update: SiteUpdate | None, x: Tensor, weight: Tensor, b0: Tensor | None) -> Tensor:
+    """The formula of `heddle_adapters.canonical` for one site, in float64; None is the base alone."""
+
+    def exact(values: Floats | None, absent: float) -> Tensor:
+        return torch.tensor(absent).double() if values is None else torch.from_numpy(values).double()
+
+    x, weight, b0 = x.double(), weight.double(), torch.zeros(len(weight)).double() if b0 is None else b0.double()
+    if update is None:
+        return x @ weight.T + b0
+    x, out_scale = x * exact(update.in_scale, 1), exact(update.out_scale, 1)
+    y = out_scale * (x @ weight.T) + (out_scale if update.scales_base_bias else 1) * b0 + exact(update.bias, 0)
+    for a, b, gain, c in zip(*(exact(part, 0) for part in (update.a, update.b, update.gain, update.c)), strict=True):
+        y = y + gain * (x @ a + c)[:, None] * b
+    return y
+
+
+def make_rows(
+    layout: BaseLayout,
+    dtype: torch.dtype,
+    num_pages: int,
+    base_bias: Mapping[str, Floats] | None = None,
+    device: str = "cpu",
+) -> tuple[DeviceRows, PagePool]:
+    """An empty pool whose every byte is 0xFF, which is NaN in all dtypes."""
+    pool = PagePool(num_pages, PAGE_BYTES, EvictionOrder("lru"))
+    memory = torch.full((num_pages * PAGE_BYTES,), 0xFF, dtype=torch.uint8, device=device)
+    return DeviceRows(memory, pool, dtype, layout, base_bias or {}), pool
+
+
+def pack(
+    layout: BaseLayout,
+    dtype: torch.dtype,
+    updates: list[SiteUpdate],
+    base_bias: Mapping[str, Floats] | None = None,
+) -> PackedAdapter:
+    return Packer(layout, dtype_name(dtype), PAGE_BYTES, base_bias or {}).pack(CompiledAdapter(DIGEST, tuple(updates)))
+
+
+def place(rows: DeviceRows, packed: PackedAdapter) -> PlacedAdapter:
+    page_map = rows.reserve(packed)
+    rows.copy(packed, page_map)
+    return rows.publish(packed, page_map)
+
+
+def apply(rows: DeviceRows, x: Tensor, weight: Tensor, b0: Tensor | None, segments: Segments, site: int) -> Tensor:
+    """One site of the batch through the reference kernels, as a woven linear does it."""
+    scaled = reference.scale_input(x, rows.vectors, rows.table, segments, site)
+    y = torch.nn.functional.linear(scaled, weight, b0)
+    h = reference.shrink(scaled, rows.rows, rows.table, segments, site)
+    reference.expand_add(y, h, rows.rows, rows.vectors, rows.table, segments, site, b0)
+    return y
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """Of the largest deviation to the largest value; NaN counts as infinite."""
+    if truth.numel() == 0:
+        return 0.0
+    error = (actual.cpu().double() - truth).abs().max() / truth.abs().max()
+    return error.nan_to_num(torch.inf).item()
