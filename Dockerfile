@@ -1,6 +1,6 @@
 # heddle: one 4-bit base resident, a different adapter for every request.
 #   docker build -t heddle .
-#   docker run --gpus all -p 8000:8000 -v heddle-store:/var/lib/heddle heddle Qwen/Qwen2.5-7B-Instruct
+#   docker run --gpus all -p 127.0.0.1:8000:8000 -v heddle-store:/var/lib/heddle heddle Qwen/Qwen2.5-7B-Instruct
 FROM python:3.12-slim
 
 # Triton compiles a small launcher when a kernel first runs.

@@ -28,7 +28,8 @@ class JsonResults:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self._tests.append({"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)})
+            result = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
+            self._tests.append({**result, **dict(report.user_properties)})  # what `record_property` was told
 
     def pytest_sessionfinish(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,18 @@ class DemoClient:
         async with self.session.delete(f"/v1/adapters/{name}") as response:
             return response.status
 
+    async def ask(self, name: str) -> tuple[int, Json]:
+        """Status and reply to a request for one token."""
+        body = {
+            "adapter": name,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": True,
+        }
+        async with self.session.post("/v1/chat/completions", json=body) as response:
+            return response.status, await response.json()
+
     async def gauges(self) -> dict[str, float]:
         """/metrics: sample to value."""
         async with self.session.get("/metrics") as response:

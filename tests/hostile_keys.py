@@ -53,7 +53,7 @@ def hostile_names() -> Cases:
     long = {
         "512 characters": extra("1 tensors that are not part", "n" * 512),
         "thousand long names": bad_header("and 980 more", _many_names, bytes(2000)),
-        "thousand long modules": bad_header("and 980 more", partial(_many_names, f".{A}"), bytes(2000)),
+        "thousand long modules": bad_header("and 995 more", partial(_many_names, f".{A}"), bytes(2000)),
         "backslashes": extra(NOT_A_PART, *("\\" * 500 + str(number) for number in range(40))),
         "quotes": extra(NOT_A_PART, *("'\"" * 250 + str(number) for number in range(40))),
     }

@@ -76,6 +76,7 @@ def test_an_upload_serves_the_very_next_request(client: httpx.Client) -> None:
     response = upload(client, "pirate")
     assert response.status_code == 201
     card = response.json()
+    assert card.pop("is_new_version")
     assert card["digest"].startswith("sha256:")
     assert card == {
         "id": "pirate",
@@ -313,6 +314,14 @@ def test_an_upload_says_what_it_is_for(client: httpx.Client) -> None:
 
 
 @pytest.mark.usefixtures("store")
+def test_the_same_content_again_is_no_new_version_and_says_so(client: httpx.Client) -> None:
+    first, again, other = (upload(client, "twice", weights(value)) for value in (7.0, 7.0, 8.0))
+    assert [each.status_code for each in (first, again, other)] == [201, 200, 201]
+    assert [each.json()["is_new_version"] for each in (first, again, other)] == [True, False, True]
+    assert again.json()["version"] == first.json()["version"] == other.json()["version"] - 1
+
+
+@pytest.mark.usefixtures("store")
 def test_a_dry_run_says_everything_and_stores_nothing(client: httpx.Client) -> None:
     upload(client, "dry", weights(3.0))
     new = upload(client, "wet", path=VALIDATE, texts={"tags": "sea"}).json()
@@ -327,8 +336,8 @@ def test_a_dry_run_says_everything_and_stores_nothing(client: httpx.Client) -> N
         "stored_as": [],
     }
     real = upload(client, "wet", texts={"tags": "sea"}).json()
-    assert set(new["card"]) == set(real)
-    decided_later = {"version", "reference", "created", "num_versions"}
+    assert {*new["card"], "is_new_version"} == set(real)
+    decided_later = {"version", "reference", "created", "num_versions", "is_new_version"}
     for field in set(real) - decided_later:
         assert new["card"][field] == real[field], field
     same = upload(client, "wet", path=VALIDATE).json()
@@ -443,7 +452,7 @@ def test_changes_that_are_refused(client: httpx.Client, body: object, expected: 
     card = upload(client, "pirate").json()
     assert refusal(client.patch(f"{ADAPTERS}/pirate", json=body)) == expected
     now = client.get(f"{ADAPTERS}/pirate").json()
-    assert {**now, "tier": card["tier"]} == card
+    assert {**card, **now, "tier": card["tier"]} == card
 
 
 def test_changes_of_what_is_not_there(client: httpx.Client) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,23 @@ def test_a_prompt_that_a_restarted_engine_cannot_take_is_an_error_and_no_crash(
     engine = make_engine(llama[0], max_model_len=20)
     (lost,) = run(engine, [make_request(prompt_of(20, 1))])
     assert lost.error_code == "adapter_capacity"
+    gone = make_request(prompt_of(20, 1))
+    engine.add(gone)
+    engine.abort(gone.request_id)
+    assert engine.step() == []
+
+
+def test_no_step_waits_for_a_collection_of_everything() -> None:
+    script = """
+import gc
+from heddle_server.engine.engine_process import quieten_garbage_collection
+quieten_garbage_collection()
+generations = set()
+gc.callbacks.append(lambda phase, info: generations.add(info["generation"]))
+pages = [[number] for number in range(500_000)]
+assert generations == {0, 1}, generations
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize(("max_model_len", "factors"), [(32, "short"), (128, "long")])

@@ -68,6 +68,7 @@ def test_unavailable_says_when_to_come_back() -> None:
         ("adapter_load_failed", 422),
         ("adapter_too_large", 413),
         ("adapter_capacity", 503),
+        ("store_unusable", 503),
         ("internal_error", 500),
         (None, 500),
     ],

@@ -179,7 +179,7 @@ def test_the_simulator_gives_the_same_numbers_again() -> None:
 
 
 def test_the_simulator_counts_only_what_was_there_before() -> None:
-    simulation = Simulation([16] * 20, num_pages=40, policy="lru")
+    simulation = Simulation([4] * 20, num_pages=40, policy="lru")
     for adapter in [*range(20), 0]:
         simulation.serve(Visit(adapter))
     assert simulation.num_hits == 0

@@ -278,9 +278,14 @@ def test_empty_prompts_and_foreign_tokens(client: httpx.Client) -> None:
     assert refusal(client.post("/v1/completions", json={"prompt": [5, 264]})) == (400, "invalid_request", "prompt")
 
 
-@pytest.mark.parametrize("adapter", ["", "base", "scripted-model", None, {"name": "base"}])
+@pytest.mark.parametrize("adapter", ["base", "scripted-model", None, {"name": "base"}])
 def test_every_name_of_the_base(client: httpx.Client, adapter: object) -> None:
     assert client.post(CHAT, json={"messages": HELLO, "adapter": adapter}).status_code == 200
+
+
+def test_an_empty_name_is_a_forgotten_one_and_not_the_base(client: httpx.Client) -> None:
+    for adapter in ("", {"name": ""}):
+        assert refusal(client.post(CHAT, json={"messages": HELLO, "adapter": adapter}))[0] == 400
 
 
 def test_an_error_of_the_engine_is_typed(client: httpx.Client) -> None:

@@ -66,6 +66,28 @@ class Cache:
         self.kv_cache.check_integrity(self.running)
 
 
+def test_looking_for_room_in_vain_is_no_use_of_a_prefix() -> None:
+    cache = Cache(9, "gdsf")
+    cache.serve(list(range(17)))
+    hog = cache.start([99] * 13)
+    wanting = Sequence.of(request(list(range(25))))
+
+    def priorities() -> list[float]:
+        cache.kv_cache.check_room(wanting, 4)
+        return [cache.pool.eviction.priority(key) for key in wanting.page_keys[:4]]
+
+    before = priorities()
+    for _ in range(10):
+        with pytest.raises(OutOfSpace):
+            cache.kv_cache.check_room(wanting, 5)
+    assert priorities() == before
+    cache.check()
+    cache.finish(hog)
+    cache.kv_cache.check_room(wanting, 100)
+    with pytest.raises(OutOfSpace):
+        cache.kv_cache.check_room(Sequence.of(request([7] * 37)), 100)
+
+
 def test_keys_separate_their_fields() -> None:
     def part(digest: str, scale: float = 1.0) -> tuple[AdapterPart, ...]:
         return (AdapterPart(digest, scale),)

@@ -42,7 +42,7 @@ TORCH_FREE = [
 ]
 METHOD_NAMES = re.compile(r"lora|ia3|reft", re.IGNORECASE)
 GENERIC = [
-    *("page_pool", "run_allocator", "eviction", "host_tier", "residency", "loader", "mix", "tier"),
+    *("page_pool", "run_allocator", "eviction", "host_tier", "residency", "tracked_adapter", "loader", "mix", "tier"),
     *("canonical", "packed_adapter", "packer", "rows_file", "row_compiler", "compile_worker", "device_rows"),
     *("store", "store_index", "names", "content_folder", "checkpoint", "digest"),
 ]

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from prometheus_client.samples import Sample
 
 import scripted_engine
 from engine_numbers import STATS
+from heddle_adapters.store import AdapterStore
 from heddle_adapters.store_index import AdapterRecord, AdapterVersion
 from heddle_adapters.tier import AdapterMove
 from heddle_server.api.adapter_counters import OTHER, AdapterCounters
@@ -168,6 +170,18 @@ def test_a_deleted_adapters_counts_move_to_the_others() -> None:
     registered.add("sql")  # another adapter of the same name
     counters.count("sql", "stop", 1, 1)
     assert adapter_requests(counters) == {"pirate": 1, "sql": 1, OTHER: 2}
+
+
+def test_a_scrape_looks_for_no_names_like_those_of_deleted_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes milliseconds for each, and there may be thousands."""
+    metrics = Metrics()
+    with AdapterStore(tmp_path) as store:
+        metrics.watch(Engine(), store)
+        metrics.count_request("stop", ("deleted",), 1, 1, 0.1)
+        monkeypatch.setattr("heddle_adapters.store.nearest_names", None)
+        assert values(metrics, "heddle_adapter_requests_total", "adapter") == {OTHER: 1}
 
 
 # The engine's numbers

@@ -30,9 +30,9 @@ class World:
         )
         self.gate.observe(self.stats)
 
-    def ask(self, tenant: str = "a", num_tokens: int = 0) -> Place:
+    def ask(self, tenant: str = "a", num_tokens: int = 0, *, is_cold: bool = False) -> Place:
         place = self.gate.enter(tenant)
-        place.queue(num_tokens)
+        place.queue(num_tokens, is_cold=is_cold)
         return place
 
     def compute(self, num_tokens: int, seconds: float) -> None:
@@ -138,6 +138,21 @@ def test_an_idle_engine_says_nothing_of_what_it_could_do() -> None:
         world.compute(1, 0.1)  # one stream, ten tokens a second
     for _ in range(20):
         world.ask(num_tokens=500)
+
+
+def test_requests_that_wait_for_their_adapters_do_not_make_the_engine_look_slow() -> None:
+    world = World(max_wait_seconds=10.0)
+    world.ask(num_tokens=10).start()
+    cold = [world.ask(num_tokens=50, is_cold=True) for _ in range(100)]
+    for _ in range(100):
+        world.compute(1, 0.1)  # the one stream, while adapters are read from a slow disk
+    world.ask()
+    for place in cold:
+        place.start()
+    world.ask(num_tokens=2000)
+    world.compute(100, 1.0)
+    with pytest.raises(Overloaded):
+        world.ask()
 
 
 def test_an_old_rate_is_not_believed() -> None:

@@ -137,7 +137,7 @@ def test_a_new_engine_is_told_the_pins_again(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "sql")
 
     async def test(service: Service) -> None:
-        version = await service.registry.upload(upload_of(folder, "sql", is_pinned=True))
+        version, _ = await service.registry.upload(upload_of(folder, "sql", is_pinned=True))
         await until(lambda: service.engine.tier_of(version.digest) == "device")
         sampling = SamplingParams(max_tokens=2, seed=scripted_engine.DIES_AT_ONCE)
         request = Request(request_id=1, prompt_token_ids=[65], sampling=sampling)
@@ -153,8 +153,8 @@ def test_a_pin_follows_its_name_to_the_newest_version(tmp_path: Path) -> None:
     first, second = write_adapter(tmp_path / "1"), write_adapter(tmp_path / "2", 2.0)
 
     async def test(service: Service) -> None:
-        old = await service.registry.upload(upload_of(first, "sql", is_pinned=True))
-        new = await service.registry.upload(upload_of(second, "sql"))
+        old, _ = await service.registry.upload(upload_of(first, "sql", is_pinned=True))
+        new, _ = await service.registry.upload(upload_of(second, "sql"))
         await until(lambda: service.engine.tier_of(new.digest) == "device")
         assert await pinned_digests(service) == [new.digest]
         await service.registry.delete(new.reference)
@@ -176,7 +176,7 @@ def test_the_engine_hears_of_new_content(tmp_path: Path, monkeypatch: pytest.Mon
     async def test(service: Service) -> None:
         told: list[str] = []
         monkeypatch.setattr(service.engine, "prepare_adapter", told.append)
-        first = await service.registry.upload(upload_of(folder, "sql"))
+        first, _ = await service.registry.upload(upload_of(folder, "sql"))
         write_adapter(tmp_path / "adapters/chat", 2.0)
         report = await service.registry.import_folder(tmp_path / "adapters")
         assert [version.name for version in report.registered] == ["chat", "sql"]
@@ -205,7 +205,7 @@ def test_names_whose_time_is_up_leave_the_engine_too(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "sql")
 
     async def test(service: Service) -> None:
-        version = await service.registry.upload(upload_of(folder, "sql", is_pinned=True, ttl_seconds=1))
+        version, _ = await service.registry.upload(upload_of(folder, "sql", is_pinned=True, ttl_seconds=1))
         await until(lambda: service.engine.tier_of(version.digest) == "device")
         await until(lambda: service.engine.tier_of(version.digest) == "disk")
         assert service.store.list() == ()

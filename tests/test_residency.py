@@ -118,6 +118,46 @@ def test_a_pinned_adapter_that_cannot_be_loaded_harms_nobody(caplog: pytest.LogC
     assert world.residency.tier_of("kept") == "device"
 
 
+@pytest.mark.parametrize("how", ["unpinned", "forgotten"])
+def test_a_pinned_adapter_that_never_found_room_leaves_host_memory_with_its_pin(how: str) -> None:
+    world = SmallWorld(num_pages=4, host_pages=2)
+    world.loader.sizes["kept"] = 2
+    long = world.add([1] * 11)
+    world.residency.pin(("kept",), "local")
+    for _ in range(4):
+        world.step()
+    assert world.host.num_held_bytes == 2 * PAGE_BYTES, "it waits in host memory for room"
+    if how == "unpinned":
+        world.residency.pin((), "local")
+    else:
+        world.residency.forget("kept")
+    assert world.host.num_held_bytes == 0
+    world.scheduler.finish(long)
+    world.serve("other")
+    world.serve("kept")
+    assert world.loader.reads.count("kept") == 2, "nothing was left of it"
+
+
+def test_a_pinned_adapter_that_finds_no_room_does_not_keep_others_from_being_read() -> None:
+    world = SmallWorld(num_pages=20, host_pages=2, tenant_page_limit=5)
+    world.loader.sizes = dict.fromkeys(("kept", "too much", "far too much"), 3)
+    world.residency.pin(("kept", "too much", "far too much"), "local")
+    for _ in range(6):
+        world.step()
+    assert len(world.loader.reads) == 2, "the third would only lie in host memory too"
+    world.serve("asked for")
+
+
+def test_what_is_forgotten_in_host_memory_is_told() -> None:
+    world = SmallWorld(num_pages=4)
+    world.loader.sizes = {"a": 2, "b": 2}
+    world.serve("a")
+    world.serve("b")
+    world.residency.take_moves()
+    world.residency.forget("a")
+    assert moves_of(world) == [("a", "host", "disk")]
+
+
 # Mixes
 
 
@@ -158,6 +198,22 @@ def test_a_mix_waits_for_its_slowest_part_and_is_counted_where_that_was() -> Non
     mixed = world.add([1] * 3, (AdapterPart("a"), AdapterPart("b")))
     assert mixed.tier == "disk"
     world.step_until_running(mixed)
+
+
+def test_mixes_that_do_not_fit_side_by_side_are_served_one_after_the_other() -> None:
+    world = SmallWorld(num_pages=8)
+    world.loader.sizes = dict.fromkeys("abcd", 3)
+    world.loader.holds_reads = True
+    mixes = [world.add([1] * 3, (AdapterPart(one), AdapterPart(other))) for one, other in ("ab", "cd")]
+    for first_halves in ("a", "c", "b", "d"):
+        world.step()
+        world.step()
+        world.loader.finish_read(first_halves)
+    world.loader.holds_reads = False
+    for mixed in mixes:
+        world.step_until_running(mixed)
+        world.scheduler.finish(mixed)
+    assert world.residency.num_loads <= 6
 
 
 def test_keys_of_mixes() -> None:

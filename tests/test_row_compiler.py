@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from msgspec.structs import replace
 
 from adapter_samples import BASE, Q, V, config_bytes, lora_config, lora_tensors, tensor_name, write_weights
+from heddle_adapters import row_compiler
 from heddle_adapters.checkpoint import read_checkpoint
 from heddle_adapters.compile_worker import NICENESS, CompileJob, CompileResult, WorkerSpec, read_frame, write_frame
 from heddle_adapters.content_folder import ContentFolder, content_paths
@@ -83,9 +85,18 @@ def workers_of_others() -> Iterator[None]:
 
 def worker_pids() -> list[int]:
     """Compile workers that this test has started."""
-    path = Path(f"/proc/{os.getpid()}/task")
-    children = {int(pid) for task in path.iterdir() for pid in (task / "children").read_text().split()} - OF_OTHERS
-    return [pid for pid in children if b"heddle_adapters.compile_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    children: set[int] = set()
+    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
+        with suppress(OSError):  # threads come and go
+            children.update(map(int, (task / "children").read_text().split()))
+    return [pid for pid in children - OF_OTHERS if b"heddle_adapters.compile_worker" in command_line(pid)]
+
+
+def command_line(pid: int) -> bytes:
+    """Nothing if the process is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def worker_pid(compiler: RowCompiler, store: Path) -> int:
@@ -208,6 +219,32 @@ def test_what_is_compiled_needs_no_worker(compiler: RowCompiler, store: Path) ->
     again.compile(digest, urgent=False).result(SECONDS)
     assert again.is_compiled(digest)
     again.close()
+
+
+@pytest.mark.parametrize("is_asked_again", [False, True])
+def test_what_is_forgotten_while_it_is_made_leaves_nothing_unless_it_is_asked_for_again(
+    compiler: RowCompiler, store: Path, is_asked_again: bool
+) -> None:
+    pid, digest = worker_pid(compiler, store), add_rows(store)
+    os.kill(pid, signal.SIGSTOP)
+    being_made = compiler.compile(digest, urgent=False)
+    while digest not in compiler._running:
+        time.sleep(0.001)
+    compiler.forget(digest)
+    if is_asked_again:
+        assert compiler.compile(digest, urgent=True) is being_made
+    os.kill(pid, signal.SIGCONT)
+    being_made.result(SECONDS)
+    assert compiler.is_compiled(digest) == is_asked_again
+
+
+def test_a_worker_that_cannot_be_started_says_so_without_a_path(
+    compiler: RowCompiler, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_compiler, "WORKER_COMMAND", (str(store / "no such program"),))
+    with pytest.raises(AdapterError, match="cannot be started: No such file or directory") as caught:
+        compiler.compile(add_rows(store), urgent=True).result(SECONDS)
+    assert str(store) not in caught.value.message
 
 
 def test_close_ends_the_worker_and_every_wait(store: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -228,6 +229,32 @@ def test_a_mix_that_does_not_fit_together_fails_although_each_part_would() -> No
     assert [sequence for sequence, _ in failures] == [hopeless]
     assert isinstance(failures[0][1], AdapterExceedsPool)
     world.serve("a")
+
+
+@pytest.mark.parametrize("host_pages", [0, 2, 64])
+@pytest.mark.parametrize("policy", ["cost", "gdsf", "lru"])
+def test_in_a_crowd_that_fits_nowhere_everybody_has_a_turn(policy: str, host_pages: int) -> None:
+    source = random.Random(host_pages)
+    world = SmallWorld(num_pages=8, host_pages=host_pages, policy=policy)
+    names = list("abcdef")
+    world.loader.sizes = dict(zip(names, (1, 1, 2, 2, 3, 3), strict=True))
+    world.loader.holds_reads = world.loader.holds_copies = True
+    born: dict[Sequence, int] = {}
+    for step in range(600):
+        if world.scheduler.num_waiting < 10:
+            parts = tuple(AdapterPart(name) for name in source.sample(names, source.choice((0, 0, 1, 1, 2))))
+            born[world.add([step] * source.randrange(1, 7), parts)] = step
+        for name in [name for name in world.loader.reading if source.random() < 0.5]:
+            world.loader.finish_read(name)
+        for name in [name for name in world.loader.copying if source.random() < 0.5]:
+            world.loader.finish_copy(name)
+        for sequence, _ in world.step().failed:
+            born.pop(sequence, None)
+        for sequence in list(world.scheduler.running):
+            born.pop(sequence, None)
+            if sequence.num_generated > 3:
+                world.scheduler.finish(sequence)
+        assert all(step - arrived < 200 for arrived in born.values())
 
 
 # Fairness

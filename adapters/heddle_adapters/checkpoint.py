@@ -14,7 +14,7 @@ from heddle_adapters.adapter_config import CONFIG_FILE
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.canonical import CompiledAdapter
 from heddle_adapters.content import AdapterContent
-from heddle_adapters.errors import AdapterIncompatible, InvalidAdapter, listed, quoted
+from heddle_adapters.errors import MAX_MISMATCHES, AdapterIncompatible, InvalidAdapter, listed, quoted
 from heddle_adapters.method import Combination, SiteSource
 from heddle_adapters.module_pattern import path_endings
 from heddle_adapters.tensor_file import WEIGHTS_FILE
@@ -168,7 +168,7 @@ def _check_shapes(content: AdapterContent, sources: tuple[SiteSource, ...]) -> N
     ]
     if mismatches:
         raise AdapterIncompatible(
-            f"{WEIGHTS_FILE} does not fit this base: {listed(mismatches)}; "
+            f"{WEIGHTS_FILE} does not fit this base: {listed(mismatches, MAX_MISMATCHES)}; "
             "upload it where the base it was trained on is served.",
             param=WEIGHTS_FILE,
         )

@@ -19,7 +19,7 @@ import numpy as np
 
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.content_folder import open_content
-from heddle_adapters.errors import AdapterError
+from heddle_adapters.errors import AdapterError, StoreUnusable
 from heddle_adapters.packer import Packer
 from heddle_adapters.rows_file import write_rows
 
@@ -84,9 +84,10 @@ class Compiler:
             return CompileResult(type(error).__name__, error.message, error.param)
         except Exception as error:  # one adapter's trouble is not the next one's
             traceback.print_exc()
-            reason = error.strerror if isinstance(error, OSError) else None  # the rest may name paths
+            kind, reason = (StoreUnusable, error.strerror) if isinstance(error, OSError) else (AdapterError, None)
+            # What else an error says may name paths.
             message = f"The adapter {job.digest} could not be compiled: {reason or 'the server log has the details'}."
-            return CompileResult(AdapterError.__name__, message, "adapter")
+            return CompileResult(kind.__name__, message, "adapter")
         return CompileResult()
 
 

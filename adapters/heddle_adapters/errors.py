@@ -19,6 +19,7 @@ import reprlib
 from collections.abc import Sequence
 
 MAX_LISTED = 20
+MAX_MISMATCHES = 5  # of an adapter for another base, where everything is wrong in the same way
 MAX_QUOTED_CHARS = 160
 
 
@@ -60,7 +61,7 @@ class AdapterExceedsPool(AdapterError):
 
 
 class StoreUnusable(AdapterError):
-    """The store's folder is in use by another server, was written by a newer version, or its index is damaged."""
+    """The machine does not let the store work now: its folder is taken, too new or damaged, or its disk fails."""
 
 
 def quoted(text: object) -> str:
@@ -71,8 +72,8 @@ def quoted(text: object) -> str:
     return escaped if is_whole else escaped[:MAX_QUOTED_CHARS] + "...'"
 
 
-def listed(lines: Sequence[str]) -> str:
-    """At most `MAX_LISTED` lines joined for a message, with a count of those left out."""
-    shown = "; ".join(lines[:MAX_LISTED])
-    left_out = len(lines) - MAX_LISTED
+def listed(lines: Sequence[str], limit: int = MAX_LISTED) -> str:
+    """At most `limit` lines joined for a message, with a count of those left out."""
+    shown = "; ".join(lines[:limit])
+    left_out = len(lines) - limit
     return f"{shown}; and {left_out} more" if left_out > 0 else shown

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from heddle_adapters.errors import AdapterError
+from heddle_adapters.errors import StoreUnusable
 from heddle_adapters.packed_adapter import PackedAdapter
 from heddle_adapters.row_compiler import RowCompiler
 from heddle_adapters.rows_file import RowsDamaged, read_rows
@@ -36,7 +36,7 @@ class AdapterLoader:
 
     def prepare(self, digest: str) -> None:
         """Compile an adapter's rows when there is time; a failure shows when it is read."""
-        self._compiler.compile(digest, urgent=False)
+        self._readers.submit(self._compiler.compile, digest, urgent=False)  # it looks at the disk
 
     def read(self, digest: str) -> Future[PackedAdapter]:
         """The adapter in host memory, proven to be what was stored; fails with an `AdapterError`."""
@@ -65,17 +65,25 @@ class AdapterLoader:
         if not read.set_running_or_notify_cancel():
             return
         try:
-            if self._compiler.is_compiled(digest):
-                read.set_result(self._open(digest))
+            if (packed := self._read_cached(digest)) is not None:
+                read.set_result(packed)
                 return
-        except RowsDamaged as error:
-            log.warning("compiled rows are made again: %s", error)
-            self._compiler.forget(digest)
+            compiled = self._compiler.compile(digest, urgent=True)
         except Exception as error:  # whoever waits must hear of it, whatever it is
             read.set_exception(error)
             return
-        compiled = self._compiler.compile(digest, urgent=True)
         compiled.add_done_callback(lambda done: self._read_compiled(digest, read, done))
+
+    def _read_cached(self, digest: str) -> PackedAdapter | None:
+        """From the rows file; None without one, and where it is damaged, having removed it."""
+        if not self._compiler.is_compiled(digest):
+            return None
+        try:
+            return self._open(digest)
+        except RowsDamaged as error:
+            log.warning("compiled rows are made again: %s", error)
+            self._compiler.forget(digest)
+            return None
 
     def _read_compiled(self, digest: str, read: Future[PackedAdapter], compiled: Future[None]) -> None:
         try:
@@ -88,7 +96,7 @@ class AdapterLoader:
         try:
             read.set_result(self._open(digest))
         except RowsDamaged as error:
-            read.set_exception(AdapterError(f"The adapter's rows cannot be read: {error}.", param="adapter"))
+            read.set_exception(StoreUnusable(f"The adapter's rows cannot be read: {error}.", param="adapter"))
         except Exception as error:
             read.set_exception(error)
 

@@ -1,8 +1,5 @@
 """Which adapters are on the device, on their way there, or kept in host memory. Policy only, without torch.
 
-    absent -> queued -> reading -> staged -> copying -> resident
-              disk ------------->  host  ------------>  device
-
 Reads are started in the order in which requests arrived, copies when the scheduler wants to start a request and there
 are pages; the loader does both beside the engine's thread, and a table line is written only between two steps. An
 adapter in use is never taken away; an idle one gives way when the pool is short. Two requests for one adapter are one
@@ -18,7 +15,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
 from heddle_adapters.errors import AdapterError, AdapterExceedsPool
@@ -28,6 +24,7 @@ from heddle_adapters.packed_adapter import PackedAdapter
 from heddle_adapters.page_pool import PagePool
 from heddle_adapters.run_allocator import OutOfSpace
 from heddle_adapters.tier import AdapterMove, CachedAdapter, Tier, farthest
+from heddle_adapters.tracked_adapter import ON_THE_WAY, State, TrackedAdapter
 
 if TYPE_CHECKING:  # device_rows needs torch; this file does not
     from heddle_adapters.device_rows import DeviceRows, PageMap, PlacedAdapter, PlacedMix
@@ -60,51 +57,6 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
-class State(Enum):
-    """How far an adapter is on its way to the device."""
-
-    ABSENT = auto()
-    QUEUED = auto()  # to be read when a reader is free
-    READING = auto()
-    STAGED = auto()  # in host memory, held there until it is copied or nobody waits any more
-    COPYING = auto()
-    RESIDENT = auto()
-
-
-@dataclass(eq=False)
-class Adapter:
-    """What is known of one adapter that somebody uses, waits for or has left on the device."""
-
-    digest: str
-    tenant: str  # whose share of the pool it takes
-    state: State = State.ABSENT
-    num_waiting: int = 0  # requests that have not started
-    num_references: int = 0  # running requests, and mixes of them
-    is_pinned: bool = False
-    is_forgotten: bool = False  # to be removed as soon as nobody uses it
-    failure: Exception | None = None  # of the last load, until those who waited for it are gone
-    state_since: float = 0.0
-    packed: PackedAdapter | None = None  # while staged or copying
-    read: Future[PackedAdapter] | None = None
-    copied: Future[None] | None = None
-    page_map: PageMap | None = None  # while copying
-    placed: PlacedAdapter | None = None  # while resident
-    published_at: float = 0.0
-    last_used: float = 0.0
-
-    @property
-    def num_pages(self) -> int:
-        if self.placed is not None:
-            return self.placed.num_pages
-        return self.packed.num_pages if self.packed is not None else 0
-
-    def enter(self, state: State) -> float:
-        """Change the state; the seconds spent in the one before."""
-        now = time.monotonic()
-        seconds, self.state, self.state_since = now - self.state_since, state, now
-        return seconds
-
-
 @dataclass
 class MixInUse:
     """The table line of several adapters together; it goes with the last request that uses it."""
@@ -125,17 +77,19 @@ class Residency:
         self._pool = pool
         self._host = host
         self._tenant_page_limit = tenant_page_limit or pool.num_pages
-        self._adapters: dict[str, Adapter] = {}
-        self._on_the_way: dict[str, Adapter] = {}  # reading or copying
-        self._queue: deque[Adapter] = deque()  # to be read; may hold some that are no longer queued
+        self._adapters: dict[str, TrackedAdapter] = {}
+        self._on_the_way: dict[str, TrackedAdapter] = {}  # reading or copying
+        self._queue: deque[TrackedAdapter] = deque()  # to be read
         self._mixes: dict[str, MixInUse] = {}
         self._pinned: set[str] = set()
+        self._kept: list[TrackedAdapter] = []  # each with a reference, until `let_go`
         self._tenant_pages: Counter[str] = Counter()
         self._num_uses: Counter[str] = Counter()
         self._moves: deque[AdapterMove] = deque(maxlen=MAX_UNTOLD_MOVES)
         self.num_requests: Counter[Tier] = Counter()  # by the tier in which they found their adapter
         self.num_resident = 0
         self.num_pages = 0  # of what is resident, mixes' own pages included
+        self.num_pinned_pages = 0  # of what is pinned and has been read, when it was last advanced
         self.used_bytes = 0  # of those pages: rows and vectors without alignment and page ends
         self.num_loads = 0
         self.num_evictions = 0
@@ -177,6 +131,8 @@ class Residency:
         and what the load raised to everyone who waited for it.
         """
         adapters = [self._known(part.digest, tenant) for part in parts]
+        if all(adapter.state in ON_THE_WAY and adapter.failure is None for adapter in adapters):
+            return None
         here = [adapter for adapter in adapters if adapter.state is State.RESIDENT]
         for adapter in here:  # so that one part of a mix does not give way to another
             self._refer(adapter)
@@ -195,6 +151,31 @@ class Residency:
                 for adapter in here:
                     self._unrefer(adapter)
         return slot
+
+    def are_here(self, parts: Sequence[AdapterPart]) -> bool:
+        """Whether all of them are on the device."""
+        return all(self._adapters[part.digest].state is State.RESIDENT for part in parts)
+
+    def keep(self, parts: Sequence[AdapterPart]) -> None:
+        """Until `let_go`, what is on the device of these stays there: an older request waits for the rest, or for room.
+
+        Without this, two mixes that do not fit side by side would push out each other's parts for ever. What the first
+        of them lacks is read whatever host memory holds, since that may wait for the very pages that are kept.
+        """
+        adapters = [self._adapters[part.digest] for part in parts]
+        here = [adapter for adapter in adapters if adapter.state is State.RESIDENT]
+        if here and not self._kept:
+            for adapter in adapters:
+                if adapter.state is State.QUEUED:
+                    self._read(adapter)
+        for adapter in here:
+            self._refer(adapter)
+            self._kept.append(adapter)
+
+    def let_go(self) -> None:
+        """Undo every `keep`."""
+        while self._kept:
+            self._unrefer(self._kept.pop())
 
     def release(self, parts: Sequence[AdapterPart]) -> None:
         """One running request less uses them."""
@@ -223,8 +204,7 @@ class Residency:
         for digest in self._pinned - wanted:
             adapter = self._adapters.get(digest)
             if adapter is not None and adapter.is_pinned:
-                adapter.is_pinned = False
-                self._settle(adapter)
+                self._unpin(adapter)
         for digest in wanted - self._pinned:
             adapter = self._known(digest, tenant)
             adapter.is_pinned = True
@@ -235,13 +215,12 @@ class Residency:
     def forget(self, digest: str) -> None:
         """Content is gone: remove it everywhere, from the device when the last request lets go."""
         self._loader.forget(digest)
-        self._host.drop(digest)
+        self._drop_from_host(digest)
         self._pinned.discard(digest)
         self._num_uses.pop(digest, None)
         if (adapter := self._adapters.get(digest)) is not None:
-            adapter.is_pinned = False
             adapter.is_forgotten = True
-            self._settle(adapter)
+            self._unpin(adapter)
 
     # Between two steps.
 
@@ -254,15 +233,16 @@ class Residency:
                 self._has_been_copied(adapter, adapter.copied)
         for digest in self._pinned:
             self._bring_pinned(self._adapters[digest])
+        self.num_pinned_pages = sum(self._adapters[digest].num_pages for digest in self._pinned)
         self._start_reads()
         for digest in self._host.evicted():
             if digest not in self._adapters or self._adapters[digest].state is not State.RESIDENT:
                 self._moves.append(AdapterMove(digest, "host", "disk", 0))
 
     @property
-    def is_copying(self) -> bool:
-        """Whether pages are being filled that may come free again."""
-        return any(adapter.state is State.COPYING for adapter in self._on_the_way.values())
+    def may_come_free(self) -> bool:
+        """Whether pages are being filled, or kept for older requests, that may come free again."""
+        return bool(self._kept) or any(adapter.state is State.COPYING for adapter in self._on_the_way.values())
 
     # What is told.
 
@@ -282,10 +262,6 @@ class Residency:
         """Everything nearer than the disk."""
         digests = {digest for digest, adapter in self._adapters.items() if adapter.state is State.RESIDENT}
         return [self._description(digest) for digest in sorted(digests.union(self._host.digests()))]
-
-    @property
-    def num_pinned_pages(self) -> int:
-        return sum(self._adapters[digest].num_pages for digest in self._pinned)
 
     @property
     def num_loading_pages(self) -> int:
@@ -316,10 +292,12 @@ class Residency:
 
     # On the way to the device.
 
-    def _known(self, digest: str, tenant: str) -> Adapter:
-        return self._adapters.setdefault(digest, Adapter(digest, tenant))
+    def _known(self, digest: str, tenant: str) -> TrackedAdapter:
+        if (adapter := self._adapters.get(digest)) is None:
+            adapter = self._adapters[digest] = TrackedAdapter(digest, tenant)
+        return adapter
 
-    def _want(self, adapter: Adapter) -> None:
+    def _want(self, adapter: TrackedAdapter) -> None:
         """See that it is on its way, from wherever it is."""
         adapter.is_forgotten = False
         if adapter.state is not State.ABSENT or adapter.failure is not None:
@@ -335,18 +313,39 @@ class Residency:
     def _start_reads(self) -> None:
         """In queue order, as many at once as there are readers, and no further ahead than host memory allows."""
         num_reads = sum(adapter.state is State.READING for adapter in self._on_the_way.values())
-        while self._queue and num_reads < MAX_READS:
-            num_held_bytes = self._host.num_held_bytes
-            if num_held_bytes >= self._host.budget_bytes and (num_held_bytes or num_reads):
-                return  # what has been read must go to the device first
-            adapter = self._queue.popleft()
-            if adapter.state is State.QUEUED:
-                adapter.state = State.READING  # its time counts from when it was queued
-                adapter.read = self._loader.read(adapter.digest)
-                self._on_the_way[adapter.digest] = adapter
-                num_reads += 1
+        while num_reads < MAX_READS and (adapter := self._next_to_read(num_reads)) is not None:
+            self._read(adapter)
+            num_reads += 1
 
-    def _has_been_read(self, adapter: Adapter, read: Future[PackedAdapter]) -> None:
+    def _read(self, adapter: TrackedAdapter) -> None:
+        self._queue.remove(adapter)
+        adapter.state = State.READING  # its time counts from when it was queued
+        adapter.read = self._loader.read(adapter.digest)
+        self._on_the_way[adapter.digest] = adapter
+
+    def _next_to_read(self, num_reads: int) -> TrackedAdapter | None:
+        """The first in the queue, unless what has been read must go to the device before.
+
+        A pinned adapter that no request waits for may find no room there for as long as it likes, so what it holds of
+        host memory keeps only others like it from being read.
+        """
+
+        def has_room(num_held_bytes: int) -> bool:
+            return num_held_bytes < self._host.budget_bytes or not (num_held_bytes or num_reads)
+
+        if not self._queue:
+            return None
+        pinned = (self._adapters[digest] for digest in self._pinned)
+        num_unasked_bytes = sum(
+            adapter.packed.size_bytes for adapter in pinned if adapter.packed is not None and not adapter.num_waiting
+        )
+        num_held_bytes = self._host.num_held_bytes
+        if not has_room(num_held_bytes - num_unasked_bytes):
+            return None
+        has_room_for_unasked = has_room(num_held_bytes)
+        return next((adapter for adapter in self._queue if adapter.num_waiting or has_room_for_unasked), None)
+
+    def _has_been_read(self, adapter: TrackedAdapter, read: Future[PackedAdapter]) -> None:
         adapter.read = None
         del self._on_the_way[adapter.digest]
         if read.cancelled():
@@ -362,7 +361,7 @@ class Residency:
         elif adapter.state is State.ABSENT:
             self._want(adapter)  # called off, and asked for again before that was seen
 
-    def _copy(self, adapter: Adapter) -> None:
+    def _copy(self, adapter: TrackedAdapter) -> None:
         """Take pages for a staged adapter and start filling them. Raises OutOfSpace."""
         packed = adapter.packed
         assert packed is not None, f"{adapter.digest} is not staged"
@@ -373,7 +372,7 @@ class Residency:
         adapter.enter(State.COPYING)
         self._on_the_way[adapter.digest] = adapter
 
-    def _has_been_copied(self, adapter: Adapter, copied: Future[None]) -> None:
+    def _has_been_copied(self, adapter: TrackedAdapter, copied: Future[None]) -> None:
         packed, page_map = adapter.packed, adapter.page_map
         assert packed is not None, f"{adapter.digest} was copied from nowhere"
         assert page_map is not None, f"{adapter.digest} was copied to nowhere"
@@ -393,21 +392,20 @@ class Residency:
             self._host.release(adapter.digest)
         self._settle(adapter)
 
-    def _bring_pinned(self, adapter: Adapter) -> None:
+    def _bring_pinned(self, adapter: TrackedAdapter) -> None:
         """A pinned adapter comes as soon as there is room, asked for or not."""
         if adapter.state is State.STAGED:
             with suppress(OutOfSpace):
                 self._copy(adapter)
 
-    def _check_capacity(self, adapters: Sequence[Adapter]) -> None:
+    def _check_capacity(self, adapters: Sequence[TrackedAdapter]) -> None:
         """Whether they could lie on the device together if nothing ran.
 
         Raises `AdapterCapacity` while what is pinned leaves too little room, `AdapterExceedsPool` where even that
         would not help.
         """
         num_pages = sum(adapter.num_pages for adapter in adapters)
-        asked = {adapter.digest for adapter in adapters}
-        num_pinned = sum(self._adapters[digest].num_pages for digest in self._pinned - asked)
+        num_pinned = self.num_pinned_pages - sum(adapter.num_pages for adapter in adapters if adapter.is_pinned)
         if num_pages > self._pool.num_pages:
             raise AdapterExceedsPool(
                 f"{_needs(adapters, num_pages)}; the pool has {self._pool.num_pages}. "
@@ -427,8 +425,10 @@ class Residency:
                 param="adapter",
             )
 
-    def _make_room_in_share(self, adapter: Adapter, num_pages: int) -> None:
+    def _make_room_in_share(self, adapter: TrackedAdapter, num_pages: int) -> None:
         """Let a tenant's own idle adapters give way before its share is exceeded. Raises `TenantShareFull`."""
+        if self._tenant_page_limit >= self._pool.num_pages:
+            return  # then the pool's own order does it, in turn, by which gdsf ages
         excess = self._tenant_pages[adapter.tenant] + num_pages - self._tenant_page_limit
         if excess <= 0:
             return
@@ -444,19 +444,26 @@ class Residency:
                 excess -= each.num_pages
                 self._pool.eviction.pop(each.digest).give_back()
 
-    def _fail(self, adapter: Adapter, error: BaseException) -> None:
+    def _fail(self, adapter: TrackedAdapter, error: BaseException) -> None:
         adapter.failure = error if isinstance(error, Exception) else AdapterError(str(error))
         if adapter.is_pinned:
             log.warning("a pinned adapter cannot be loaded: %s", error)
         self._leave_host(adapter)
 
-    def _leave_host(self, adapter: Adapter) -> None:
+    def _leave_host(self, adapter: TrackedAdapter) -> None:
         """It is not on its way any more; the host tier may keep it or not."""
         adapter.packed = None
         adapter.enter(State.ABSENT)
         self._host.release(adapter.digest)
 
-    def _call_off(self, adapter: Adapter) -> None:
+    def _unpin(self, adapter: TrackedAdapter) -> None:
+        adapter.is_pinned = False
+        if adapter.num_waiting == 0:
+            self._call_off(adapter)
+        else:
+            self._settle(adapter)
+
+    def _call_off(self, adapter: TrackedAdapter) -> None:
         """Nobody waits for it any more: what has not been started need not be."""
         adapter.failure = None
         if adapter.is_pinned:
@@ -472,7 +479,7 @@ class Residency:
 
     # On the device.
 
-    def _line_of(self, parts: Sequence[AdapterPart], adapters: list[Adapter]) -> int:
+    def _line_of(self, parts: Sequence[AdapterPart], adapters: list[TrackedAdapter]) -> int:
         if len(parts) == 1 and parts[0].scale == 1.0:
             return _placed(adapters[0]).slot
         mix = self._mixes.get(key := adapter_key(parts))
@@ -483,17 +490,17 @@ class Residency:
         mix.num_references += 1
         return mix.placed.slot
 
-    def _refer(self, adapter: Adapter) -> None:
+    def _refer(self, adapter: TrackedAdapter) -> None:
         adapter.num_references += 1
         self._pool.eviction.withdraw(adapter.digest)
 
-    def _unrefer(self, adapter: Adapter) -> None:
+    def _unrefer(self, adapter: TrackedAdapter) -> None:
         assert adapter.num_references > 0, f"{adapter.digest} released more often than acquired"
         adapter.num_references -= 1
         adapter.last_used = time.monotonic()
         self._settle(adapter)
 
-    def _settle(self, adapter: Adapter) -> None:
+    def _settle(self, adapter: TrackedAdapter) -> None:
         """What becomes of an adapter that may just have lost its last user."""
         if adapter.num_references or adapter.state in (State.READING, State.COPYING):
             return
@@ -506,15 +513,15 @@ class Residency:
                 self._pool.eviction.offer(adapter.digest, size_bytes, size_bytes, lambda: self._evict(adapter))
         if adapter.state is State.ABSENT and not adapter.num_waiting and not adapter.is_pinned:
             if adapter.is_forgotten:
-                self._host.drop(adapter.digest)
+                self._drop_from_host(adapter.digest)
             self._adapters.pop(adapter.digest, None)
 
-    def _evict(self, adapter: Adapter) -> None:
+    def _evict(self, adapter: TrackedAdapter) -> None:
         """The pool is short and this idle adapter is worth least."""
         self.num_evictions += 1
         self._remove(adapter)
 
-    def _remove(self, adapter: Adapter) -> None:
+    def _remove(self, adapter: TrackedAdapter) -> None:
         placed = _placed(adapter)
         self._rows.remove(placed)
         self._count_resident(placed, -1)
@@ -527,6 +534,11 @@ class Residency:
             self._want(adapter)
         else:
             self._settle(adapter)
+
+    def _drop_from_host(self, digest: str) -> None:
+        if self.tier_of(digest) == "host":
+            self._moves.append(AdapterMove(digest, "host", "disk", 0))
+        self._host.drop(digest)
 
     def _count_resident(self, placed: PlacedAdapter, sign: int) -> None:
         self.num_resident += sign
@@ -553,10 +565,10 @@ class Residency:
         )
 
 
-def _placed(adapter: Adapter) -> PlacedAdapter:
+def _placed(adapter: TrackedAdapter) -> PlacedAdapter:
     assert adapter.placed is not None, f"{adapter.digest} is not on the device"
     return adapter.placed
 
 
-def _needs(adapters: Sequence[Adapter], num_pages: int) -> str:
+def _needs(adapters: Sequence[TrackedAdapter], num_pages: int) -> str:
     return f"The {'adapter needs' if len(adapters) == 1 else 'adapters together need'} {num_pages} pages"

@@ -23,14 +23,14 @@ from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.canonical import Floats
 from heddle_adapters.compile_worker import CompileJob, CompileResult, WorkerSpec, read_frame, write_frame
 from heddle_adapters.digest import digest_hex
-from heddle_adapters.errors import AdapterDamaged, AdapterError, AdapterIncompatible, InvalidAdapter
+from heddle_adapters.errors import AdapterDamaged, AdapterError, AdapterIncompatible, InvalidAdapter, StoreUnusable
 from heddle_adapters.packer import COMPILER_VERSION
 from heddle_adapters.rows_file import UNFINISHED_SUFFIX
 
 ROWS_SUFFIX = ".rows"
 IDLE_SECONDS = 20.0  # that a worker without work is kept
 WORKER_COMMAND = (sys.executable, "-P", "-m", "heddle_adapters.compile_worker")  # -P: nothing from the current folder
-ERRORS = {kind.__name__: kind for kind in (AdapterDamaged, AdapterIncompatible, InvalidAdapter)}
+ERRORS = {kind.__name__: kind for kind in (AdapterDamaged, AdapterIncompatible, InvalidAdapter, StoreUnusable)}
 
 
 class Worker:
@@ -95,6 +95,7 @@ class RowCompiler:
         self._urgent: dict[str, Future[None]] = {}  # by digest, in the order in which they were asked for
         self._background: dict[str, Future[None]] = {}
         self._running: dict[str, Future[None]] = {}  # at most one
+        self._is_unwanted = False  # what is running: forgotten since it was begun
         self._worker: Worker | None = None
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -115,6 +116,8 @@ class RowCompiler:
         with self._changed:
             if urgent and (waiting := self._background.pop(digest, None)) is not None:
                 self._urgent[digest] = waiting
+            if digest in self._running:
+                self._is_unwanted = False
             for jobs in (self._running, self._urgent, self._background):
                 if digest in jobs:
                     return jobs[digest]
@@ -134,8 +137,11 @@ class RowCompiler:
             return future
 
     def forget(self, digest: str) -> None:
-        """Remove its rows file, if there is one."""
-        self.rows_path(digest).unlink(missing_ok=True)
+        """Remove its rows file, if there is one, and the one that is being made unless somebody asks for it again."""
+        with self._changed:
+            if digest in self._running:
+                self._is_unwanted = True
+            self.rows_path(digest).unlink(missing_ok=True)
 
     def close(self) -> None:
         """End the worker, whatever it is doing; what was asked for and is not done fails with AdapterError."""
@@ -161,6 +167,10 @@ class RowCompiler:
                 outcome = error
             with self._changed:
                 del self._running[digest]
+                if self._is_unwanted:
+                    with suppress(OSError):  # the next start removes it
+                        self.rows_path(digest).unlink(missing_ok=True)
+                    self._is_unwanted = False
             if outcome is None:
                 future.set_result(None)
             else:
@@ -191,12 +201,12 @@ class RowCompiler:
         try:
             worker = self._worker or self._start()
         except OSError as error:
-            raise AdapterError(f"The compile worker cannot be started: {error}", param="adapter") from error
+            raise StoreUnusable(f"The compile worker cannot be started: {error.strerror}.", param="adapter") from error
         result = worker.run(CompileJob(digest, str(self.rows_path(digest))))
         if result is None:
             self._worker = None
             message = f"The compile worker died over {digest} ({worker.close()}); ask again, or upload it anew."
-            raise AdapterError(message, param="adapter")
+            raise StoreUnusable(message, param="adapter")
         if result.error is not None:
             raise ERRORS.get(result.error, AdapterError)(result.message, param=result.param)
 
@@ -210,7 +220,7 @@ class RowCompiler:
 
 
 def _stopping() -> AdapterError:
-    return AdapterError("The server is stopping; ask again when it is back.", param="adapter")
+    return StoreUnusable("The server is stopping; ask again when it is back.", param="adapter")
 
 
 def _key(spec: WorkerSpec) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from heddle_adapters.base_layout import BaseLayout, Site
-from heddle_adapters.errors import AdapterIncompatible, InvalidAdapter, listed, quoted
+from heddle_adapters.errors import MAX_MISMATCHES, AdapterIncompatible, InvalidAdapter, listed, quoted
 from heddle_adapters.tensor_file import WEIGHTS_FILE, TensorInfo
 
 PEFT_PREFIX = "base_model.model."
@@ -51,7 +51,7 @@ def by_site(tensors: Iterable[TensorInfo], parts: Collection[str], base: BaseLay
     missing = [quoted(module) for module in found if module not in known]
     if missing:
         raise AdapterIncompatible(
-            f"{WEIGHTS_FILE} changes modules that {base.model_name} does not have: {listed(missing)}; "
+            f"{WEIGHTS_FILE} changes modules that {base.model_name} does not have: {listed(missing, MAX_MISMATCHES)}; "
             "upload it where the base it was trained on is served.",
             param=WEIGHTS_FILE,
         )

@@ -36,7 +36,7 @@ _OPTION_NAMES = {  # field of a LoadTestError -> option, where it is not simply 
     "api_key": "--api-key",
 }
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback()

@@ -25,7 +25,7 @@ PIPED_COLUMNS = 200  # of a table that no terminal limits
 
 app = typer.Typer(
     name="adapters",
-    help="The adapters of a running server: push, list, show, alias, pin and remove them.",
+    help="Push, list, show, alias, pin and remove a server's adapters.",
     no_args_is_help=True,
 )
 
@@ -87,7 +87,8 @@ def push_command(
     elif dry_run:
         _say_dry_run(reply)
     else:
-        typer.echo(f"pushed {_plain(reply['reference'])}: {_summary(reply)}")
+        outcome = "pushed" if reply["is_new_version"] else "nothing new: this is the content of"
+        typer.echo(f"{outcome} {_plain(reply['reference'])}: {_summary(reply)}")
 
 
 @app.command("ls")
@@ -111,7 +112,7 @@ def list_command(
     if as_json:
         _print_json(cards)
     else:
-        _print_table(cards)
+        _print_table(cards, is_filtered=bool(filters))
 
 
 @app.command("show")
@@ -140,9 +141,9 @@ def alias_command(
     remove: Annotated[bool, typer.Option("--remove", help="Make the alias mean nothing.")] = False,
     server: Server = DEFAULT_SERVER,
 ) -> None:
-    """Make NAME@ALIAS mean another version, for every request from now on."""
+    """Make NAME@ALIAS mean another version from now on."""
     if remove == (target is not None):
-        raise typer.BadParameter("Give either a TARGET or --remove.")
+        raise typer.BadParameter("give either a TARGET or --remove.")
     with _client(server) as client:
         if target is None:
             removed = client.remove_alias(name, alias)
@@ -150,8 +151,11 @@ def alias_command(
             return
         now = client.set_alias(name, alias, target)
     before = now["previous"]
+    if before and before["version"] == now["version"]:
+        typer.echo(f"{name}@{alias} means version {now['version']} already")
+        return
     typer.echo(f"{name}@{alias} now means version {now['version']}" + ("" if before else "; it is new"))
-    if before and before["version"] != now["version"]:
+    if before:
         typer.echo(
             f"it meant version {before['version']}; back: heddle adapters alias {name} {alias} {before['version']}"
         )
@@ -205,13 +209,19 @@ def _check_folder(folder: Path) -> None:
 
     for file in FILES:
         if not (folder / file).is_file():
-            raise typer.BadParameter(f"{folder} has no {file}; give the folder that PEFT's save_pretrained wrote.")
+            is_pickle = (folder / file).with_suffix(".bin").exists()
+            remedy = (
+                "a .bin file is not read: save the adapter with safe_serialization=True"
+                if is_pickle
+                else "give the folder that PEFT's save_pretrained wrote"
+            )
+            raise typer.BadParameter(f"{folder} has no {file}; {remedy}.")
 
 
 def _check_tags(tags: list[str]) -> None:
     for tag in tags:
         if "," in tag:
-            raise typer.BadParameter(f"A tag has no comma: {tag!r}. Give --tag more than once.")
+            raise typer.BadParameter(f"a tag has no comma: {tag!r}. Give --tag more than once.")
 
 
 @contextmanager
@@ -240,17 +250,17 @@ def _say_dry_run(report: dict[str, Any]) -> None:
 
 
 def _summary(card: dict[str, Any]) -> str:
-    method = f"{_plain(card['method'])}, rank {card['rank']}" if card["rank"] else _plain(card["method"])
-    return f"{method}, {format_size(card['size_bytes'])}, takes {_pool_size(card)} of the page pool"
+    return f"{_plain(_method(card))}, {format_size(card['size_bytes'])}, takes {_pool_size(card)} of the page pool"
 
 
 def _print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=2))
 
 
-def _print_table(cards: list[dict[str, Any]]) -> None:
+def _print_table(cards: list[dict[str, Any]], *, is_filtered: bool) -> None:
     if not cards:
-        typer.echo("no adapters; upload one with `heddle adapters push DIR`")
+        remedy = "give other filters" if is_filtered else "upload one with `heddle adapters push DIR`"
+        typer.echo(f"no adapters; {remedy}")
         return
     table = _table("name", "version", "method", "rank", "pool", "tier", "status", "aliases", "tags", "expires")
     for card in cards:
@@ -258,7 +268,7 @@ def _print_table(cards: list[dict[str, Any]]) -> None:
             _plain(card["name"]),
             str(card["version"]),
             _plain(card["method"]),
-            str(card["rank"]),
+            _rank(card),
             _pool_size(card),
             card["tier"] + (", pinned" if card["pinned"] else ""),
             card["status"],
@@ -275,7 +285,7 @@ def _print_card(card: dict[str, Any], versions: list[dict[str, Any]]) -> None:
         "version": f"{card['version']} of {card['num_versions']}",
         "description": card["description"],
         "tags": ", ".join(card["tags"]),
-        "method": f"{card['method']}, rank {card['rank']}",
+        "method": _method(card),
         "in a mix": {"sum": "adds", "product": "multiplies", "alone": "cannot take part"}[card["combination"]],
         "size": f"{format_size(card['size_bytes'])} uploaded, {_pool_size(card)} of the page pool",
         "is": f"{card['status']}, {card['tier']}" + (", pinned" if card["pinned"] else ""),
@@ -294,7 +304,7 @@ def _print_card(card: dict[str, Any], versions: list[dict[str, Any]]) -> None:
     for each in reversed(versions):
         aliases, method = _plain(", ".join(each["aliases"])), _plain(each["method"])
         state = (each["tier"], each["status"], _time(each["created"]), each["digest"].removeprefix("sha256:")[:12])
-        table.add_row(str(each["version"]), aliases, method, str(each["rank"]), *state)
+        table.add_row(str(each["version"]), aliases, method, _rank(each), *state)
     _console().print(table)
 
 
@@ -318,6 +328,15 @@ def _plain(text: object) -> str:
     from heddle_server.adapters_client import printable
 
     return printable(text)
+
+
+def _method(card: dict[str, Any]) -> str:
+    return f"{card['method']}, rank {card['rank']}" if card["rank"] else str(card["method"])
+
+
+def _rank(card: dict[str, Any]) -> str:
+    """Nothing for a method that has none."""
+    return str(card["rank"] or "")
 
 
 def _aliases(card: dict[str, Any]) -> str:

@@ -17,7 +17,9 @@ def adapters_command(
     json: Json = Path("results/bench_adapters.json"),
     quick: Annotated[bool, typer.Option("--quick", help="A small form of a minute: does it work at all?")] = False,
 ) -> None:
-    """What the number of registered adapters costs: throughput, first tokens, hits and loads, up to 2,000 adapters.
+    """What the number of registered adapters costs.
+
+    Throughput, first tokens, hits and loads, up to 2,000 adapters.
 
     Takes about a quarter of an hour, 10 GiB of disk for temporary files (TMPDIR says where) and 8 GiB of memory.
     """
@@ -33,8 +35,21 @@ def adapters_command(
 
 
 @app.command("eviction")
-def eviction_command(json: Json = Path("results/bench_eviction.json")) -> None:
+def eviction_command(
+    json: Json = Path("results/bench_eviction.json"),
+    served: Annotated[
+        bool, typer.Option("--served", help="Confirm it on servers over the embedded base: 4 minutes, 1 GiB of disk.")
+    ] = False,
+) -> None:
     """Compare the eviction policies by simulation: bytes loaded again per request."""
     from heddle_demo.bench.eviction_bench import run_eviction_bench
+    from heddle_demo.bench.machine import TooLittleRoom
+    from heddle_demo.bench.served_eviction import confirm_on_servers
+    from heddle_demo.bench.server import BenchFailed, end_in_order
 
-    run_eviction_bench(json)
+    end_in_order()
+    try:
+        run_eviction_bench(json, confirm=confirm_on_servers if served else None)
+    except (BenchFailed, TooLittleRoom) as error:
+        typer.secho(f"heddle: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None

@@ -15,6 +15,7 @@ app = typer.Typer(
     help="One 4-bit base model, a different adapter for every request of a batch.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its tables cut long options off on a terminal of 80 columns
 )
 
 app.add_typer(adapters_cli.app)
@@ -42,7 +43,10 @@ def serve_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or hub id of a transformers causal LM.")],
     options: ServeOptions,
 ) -> None:
-    """Serve MODEL and its adapters over an OpenAI-compatible API."""
+    """Serve MODEL and its adapters over an OpenAI-compatible API.
+
+    Every option is also an environment variable: --pool-bytes is HEDDLE_POOL_BYTES.
+    """
     from heddle_server.api.serving import serve
 
     serve(options.config(model))
@@ -55,7 +59,7 @@ def demo_command(
     tour: Annotated[bool, typer.Option("--tour", help="End after the tour; status 1 if an answer was wrong.")] = False,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the server's page.")] = True,
 ) -> None:
-    """Serve the embedded base with all its adapters, show what that is like, and keep serving."""
+    """Serve the embedded base, with a tour of its adapters."""
     from heddle_demo.demo import run_demo
 
     run_demo(options, tour_only=tour, open_browser=browser)
@@ -67,7 +71,7 @@ def top_command(
     interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
 ) -> None:
-    """Show what a running server holds in memory and how fast it works."""
+    """Watch what a running server holds in memory and does."""
     from heddle_server.adapters_client import ServerError
     from heddle_server.top import run_top
 

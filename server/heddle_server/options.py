@@ -46,7 +46,9 @@ def format_size(num_bytes: int) -> str:
 
 def _option(flag: str, help: str, **more: Any) -> Any:
     name = flag.split("/")[0]
-    return typer.Option(f"--{flag}", envvar=f"HEDDLE_{name.upper().replace('-', '_')}", help=help, **more)
+    # The variables' names follow from the options', and --help says how.
+    envvar = f"HEDDLE_{name.upper().replace('-', '_')}"
+    return typer.Option(f"--{flag}", envvar=envvar, show_envvar=False, help=help, **more)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,12 @@ class ServeOptions:
     device: Annotated[DeviceName, _option("device", "auto takes CUDA where there is a GPU.")] = "auto"
     pool_bytes: Annotated[
         int | None,
-        _option("pool-bytes", "Memory for KV cache and adapters together, for example 2GiB.", parser=parse_size),
+        _option(
+            "pool-bytes",
+            "Memory for KV cache and adapters together, for example 2GiB.",
+            parser=parse_size,
+            metavar="SIZE",
+        ),
     ] = None
     memory_fraction: Annotated[
         float | None, _option("memory-fraction", "The same as a share of the memory free after loading.")
@@ -75,6 +82,7 @@ class ServeOptions:
             "host-cache-bytes",
             "Host memory for adapters ready to be copied to the device (default: a quarter, 8 GiB at most).",
             parser=parse_size,
+            metavar="SIZE",
         ),
     ] = None
     eviction: Annotated[

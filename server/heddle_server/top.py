@@ -85,7 +85,11 @@ def take_sample(server_url: str) -> Sample:
         raise ServerError(_reason(error)) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise ServerError(f"no heddle server answers at {printable(address)}: {printable(reason)}.") from None
+        reason = getattr(reason, "strerror", None) or reason
+        raise ServerError(
+            f"no heddle server answers at {printable(address)} ({printable(reason)}). Start one with "
+            "`heddle serve MODEL`, or name it with --server."
+        ) from None
 
 
 def view(server_url: str, sample: Sample, before: Sample | None) -> RenderableType:

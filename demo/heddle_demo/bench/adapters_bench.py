@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import tempfile
 import time
 from contextlib import AsyncExitStack
@@ -23,13 +22,12 @@ from heddle_demo.bench.popularity import POPULARITIES, own_shares
 from heddle_demo.bench.random_adapters import RandomAdapters, linear_layout
 from heddle_demo.bench.report import print_report
 from heddle_demo.bench.results import BASE_ONLY, FLATNESS, SMALL_POOL, TABLE, Results
-from heddle_demo.bench.server import BenchServer, ServerSettings, running_server
+from heddle_demo.bench.server import SERVER_BYTES, BenchServer, ServerSettings, end_in_order, run_to_end, running_server
 from heddle_demo.bench.stores import BenchStores
-from heddle_demo.bench.window import Label, Load, RequestShape, Window, base_only, warm_up
+from heddle_demo.bench.window import Label, Load, RequestShape, Window, ask_each, base_only
 from heddle_demo.data import BASE_DIR
 
 SPARE_BYTES = 512 << 20  # of a pool that holds all adapters, so that cached prefixes have room of their own
-SERVER_BYTES = 700 << 20  # of memory, for a server without its pool
 
 Arm = tuple[Label, Load]
 
@@ -39,9 +37,7 @@ def run_adapters_bench(json_path: Path, *, quick: bool) -> None:
 
     Raises `BenchFailed` if a server does not start or refuses a request, `TooLittleRoom` before anything is started.
     """
-    # However this process is told to end, it ends its servers and removes its folder first.
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, lambda *_: signal.raise_signal(signal.SIGINT))
+    end_in_order()
     plan = QUICK if quick else FULL
     with tempfile.TemporaryDirectory(prefix="heddle-bench-") as folder:
         results = AdaptersBench(plan, Path(folder), Console(stderr=True)).run()
@@ -74,10 +70,7 @@ class AdaptersBench:
         for size in self._plan.store_sizes:
             self._say(f"making a store of {size} adapters")
             self._stores.fill(size)
-        try:
-            asyncio.run(self._measure())
-        except ExceptionGroup as failures:
-            raise _first(failures) from failures
+        run_to_end(self._measure())
         return Results(
             plan=self._plan,
             machine=describe_machine(),
@@ -170,7 +163,7 @@ class AdaptersBench:
 
     async def _warm_up(self, server: BenchServer, count: int) -> None:
         self._say(f"{server.name}: one request to each of {count} adapters")
-        await warm_up(server, self._stores.names(count), self._plan.num_streams)
+        await ask_each(server, self._stores.names(count), self._plan.num_streams)
 
     async def _in_turn(self, num_rounds: int, *arms: Arm) -> None:
         """Windows of all arms, round by round, every other round backwards: what drifts hits all alike."""
@@ -199,10 +192,3 @@ class AdaptersBench:
 
     def _say(self, what: str) -> None:
         self._console.print(f"{time.monotonic() - self._started_seconds:5.0f} s  {what} ...", highlight=False)
-
-
-def _first(failures: Exception) -> Exception:
-    """Of the failures of tasks that ran at the same time, which mostly fail of the same."""
-    while isinstance(failures, ExceptionGroup):
-        failures = failures.exceptions[0]
-    return failures

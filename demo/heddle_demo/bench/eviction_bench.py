@@ -15,6 +15,7 @@ from functools import partial
 from itertools import accumulate, count, cycle
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -134,9 +135,18 @@ SCENARIOS = (
 class Simulation:
     """One pool under one policy: adapters and prompt pages come, are used and go."""
 
-    def __init__(self, ranks: Sequence[int], num_pages: int, policy: str) -> None:
-        self._num_adapter_pages = [rank // RANKS_PER_PAGE for rank in ranks]
-        self.pool = PagePool(num_pages, PAGE_BYTES, EvictionOrder(policy))
+    def __init__(
+        self,
+        num_adapter_pages: Sequence[int],
+        num_pages: int,
+        policy: str,
+        *,
+        page_bytes: int = PAGE_BYTES,
+        num_in_flight: int = NUM_IN_FLIGHT,
+    ) -> None:
+        self._num_adapter_pages = num_adapter_pages
+        self._max_in_flight = num_in_flight
+        self.pool = PagePool(num_pages, page_bytes, EvictionOrder(policy))
         self._pages: dict[Key, list[int]] = {}  # of everything in the pool
         self._num_users = Counter[Key]()  # requests in flight
         self._seen = set[Key]()
@@ -146,7 +156,7 @@ class Simulation:
 
     def serve(self, visit: Visit) -> None:
         """One request arrives; if that is one too many at a time, the oldest has ended before."""
-        if len(self._in_flight) == NUM_IN_FLIGHT:
+        if len(self._in_flight) == self._max_in_flight:
             self._finish(self._in_flight.popleft())
         self._in_flight.append(visit)
         self.pool.eviction.touch(visit.adapter_key)
@@ -173,7 +183,7 @@ class Simulation:
     def _let_go(self, visit: Visit, key: Key) -> None:
         self._num_users[key] -= 1
         if self._num_users[key] == 0:
-            size_bytes = self._size(visit, key) * PAGE_BYTES
+            size_bytes = self._size(visit, key) * self.pool.page_bytes
             self.pool.eviction.offer(key, size_bytes, self._reload_bytes(visit, key), partial(self._give_back, key))
 
     def _give_back(self, key: Key) -> None:
@@ -187,7 +197,7 @@ class Simulation:
         return self._num_adapter_pages[visit.adapter] if key == visit.adapter_key else 1
 
     def _reload_bytes(self, visit: Visit, key: Key) -> int:
-        return self._size(visit, key) * PAGE_BYTES * (1 if key == visit.adapter_key else RECOMPUTE_COST)
+        return self._size(visit, key) * self.pool.page_bytes * (1 if key == visit.adapter_key else RECOMPUTE_COST)
 
 
 def simulate(
@@ -200,7 +210,8 @@ def simulate(
     rng = random.Random(seed)
     ranks = [scenario.ranks[number % len(scenario.ranks)] for number in range(num_adapters)]
     rng.shuffle(ranks)
-    simulation = Simulation(ranks, int(pool_share * sum(ranks) / RANKS_PER_PAGE), policy)
+    num_adapter_pages = [rank // RANKS_PER_PAGE for rank in ranks]
+    simulation = Simulation(num_adapter_pages, int(pool_share * sum(ranks) / RANKS_PER_PAGE), policy)
     visits = scenario.visits(rng, num_adapters)
     for _ in range(num_requests):
         simulation.serve(next(visits))
@@ -217,7 +228,13 @@ def compare(
     scenario: Scenario, pool_share: float, num_adapters: int, num_requests: int, seed: int = 1
 ) -> list[Outcome]:
     """All policies over the same requests, each beside the best."""
-    outcomes = [simulate(scenario, pool_share, policy, num_adapters, num_requests, seed) for policy in POLICIES]
+    return beside_best(
+        [simulate(scenario, pool_share, policy, num_adapters, num_requests, seed) for policy in POLICIES]
+    )
+
+
+def beside_best(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The policies over the same requests, each with its bytes beside the fewest."""
     best = min(outcome.reloaded_bytes_per_request for outcome in outcomes)
     # where next to nothing is loaded again, a hundredth of a page more or less is no difference
     margin = PAGE_BYTES / 100
@@ -232,8 +249,16 @@ def mean_relative(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {policy: mean(outcome.relative for outcome in outcomes if outcome.policy == policy) for policy in POLICIES}
 
 
-def run_eviction_bench(json_path: Path | None = None, num_adapters: int = 1000, num_requests: int = 15_000) -> None:
-    """Print a table for people and one line of JSON for scripts; write everything to `json_path`."""
+def run_eviction_bench(
+    json_path: Path | None = None,
+    num_adapters: int = 1000,
+    num_requests: int = 15_000,
+    confirm: Callable[[Console], dict[str, Any]] | None = None,
+) -> None:
+    """Print a table for people and one line of JSON for scripts; write everything to `json_path`.
+
+    `confirm` prints a table of its own, and what it returns becomes part of the JSON.
+    """
     console = Console()
     cases = [(scenario, share) for scenario in SCENARIOS for share in POOL_SHARES]
     outcomes = [
@@ -241,24 +266,29 @@ def run_eviction_bench(json_path: Path | None = None, num_adapters: int = 1000, 
         for scenario, share in track(cases, "simulating", console=console, transient=True)
         for outcome in compare(scenario, share, num_adapters, num_requests)
     ]
-    console.print(_table(outcomes))
-    result = {
+    table, means = outcome_table(outcomes), mean_relative(outcomes)
+    table.add_section()
+    table.add_row("beside best", "", *(f"{means[policy]:.3f}" for policy in POLICIES))
+    console.print(table)
+    result: dict[str, Any] = {
         "benchmark": "eviction",
         "num_adapters": num_adapters,
         "num_requests": num_requests,
         "page_bytes": PAGE_BYTES,
-        "mean_relative": mean_relative(outcomes),
+        "mean_relative": means,
         "worst_relative": {
             policy: max(outcome.relative for outcome in outcomes if outcome.policy == policy) for policy in POLICIES
         },
     }
+    if confirm is not None:
+        result["served"] = confirm(console)
     print(json.dumps(result))
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result | {"outcomes": [asdict(outcome) for outcome in outcomes]}, indent=1))
 
 
-def _table(outcomes: Sequence[Outcome]) -> Table:
+def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     """A row per scenario and pool: KiB loaded again per request and hit rate by policy, the best in bold."""
     table = Table("scenario", Column("pool", justify="right"), box=SIMPLE_HEAD)
     for unit in ("KiB", "hits"):
@@ -273,7 +303,4 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
             for o in row
         ]
         table.add_row(row[0].scenario, f"{row[0].pool_share:.0%}", *loaded, *(f"{o.hit_rate:.1%}" for o in row))
-    means = mean_relative(outcomes)
-    table.add_section()
-    table.add_row("beside best", "", *(f"{means[policy]:.3f}" for policy in POLICIES))
     return table

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -21,6 +23,9 @@ READY = re.compile(r"heddle is ready at (?P<address>\S+)")
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 REQUEST_SECONDS = 300.0
+SERVER_BYTES = 700 << 20  # of memory, for a server without its pool
+
+T = TypeVar("T")
 
 
 class BenchFailed(Exception):
@@ -94,6 +99,7 @@ class ServerSettings:
     store: Path
     pool_bytes: int
     host_cache_bytes: int
+    eviction: str = "cost"
 
     @property
     def log_path(self) -> Path:
@@ -107,10 +113,28 @@ class ServerSettings:
             "--store": self.store,
             "--pool-bytes": self.pool_bytes,
             "--host-cache-bytes": self.host_cache_bytes,
+            "--eviction": self.eviction,
             "--port": 0,
         }
         words = [str(word) for option in options.items() for word in option]
         return [sys.executable, "-m", "heddle_server", "serve", str(BASE_DIR), *words]
+
+
+def end_in_order() -> None:
+    """However this process is told to end from now on, it ends its servers and removes its folders first."""
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+def run_to_end(measurement: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`; of the failures of tasks that ran at the same time, which mostly fail of the same, the first."""
+    try:
+        return asyncio.run(measurement)
+    except ExceptionGroup as failures:
+        failure: Exception = failures
+        while isinstance(failure, ExceptionGroup):
+            failure = failure.exceptions[0]
+        raise failure from failures
 
 
 @asynccontextmanager

@@ -89,7 +89,7 @@ class Load:
 
     async def measure(self, label: Label, seconds: float, settle_seconds: float) -> Window:
         """A window, after `settle_seconds` of the same load so that the caches are as it makes them."""
-        await warm_up(self._server, self._first, len(self._streams))
+        await ask_each(self._server, self._first, len(self._streams))
         await self.run_until(time.perf_counter() + settle_seconds)
         before = await self._server.counters()
         end = time.perf_counter() + seconds
@@ -109,8 +109,8 @@ class Load:
         return [int(token) for token in tokens]
 
 
-async def warm_up(server: BenchServer, names: Sequence[str], num_streams: int) -> None:
-    """A shortest request to each adapter, so that its rows are compiled and, room permitting, in the pool."""
+async def ask_each(server: BenchServer, names: Sequence[str], num_streams: int) -> None:
+    """A shortest request to each of these adapters, in this order: it brings its rows, and caches no prefix."""
     left = iter(names)
 
     async def stream() -> None:

@@ -33,7 +33,7 @@ class AdapterFolder(NamedTuple):
         """Raises `InvalidAdapter` where one of the two files is missing."""
         for file in (self.config, self.weights):
             if not file.is_file():
-                message = f"The folder has no {file.name}; save the adapter with safetensors."
+                message = f"The folder has no {file.name}; save the adapter with PEFT, as safetensors."
                 raise InvalidAdapter(message, param=file.name)
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 
 from heddle_adapters.store_index import AdapterRecord, AdapterVersion
 from heddle_server.api.adapter_protocol import AdapterChanges, AliasTarget, ListQuery
@@ -25,12 +25,16 @@ router = APIRouter(prefix=UPLOAD_PATH, tags=["adapters"])
 
 
 @router.post("", status_code=201)
-async def upload_adapter(request: Request) -> dict[str, Any]:
-    """Stores a new adapter, or a new version of one; answered when it is on disk and ready to be used."""
+async def upload_adapter(request: Request, response: Response) -> dict[str, Any]:
+    """Stores a new adapter, or a new version of one; answered when it is on disk and ready to be used.
+
+    200 instead of 201 where the name's newest version has this very content already.
+    """
     service = service_of(request)
     async with _received(request, service) as upload:
-        version = await service.registry.upload(upload)
-    return service.cards.of_upload(version)
+        version, is_new = await service.registry.upload(upload)
+    response.status_code = 201 if is_new else 200
+    return {**service.cards.of_upload(version), "is_new_version": is_new}
 
 
 @router.post(VALIDATE_ROUTE)

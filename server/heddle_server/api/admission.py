@@ -97,6 +97,7 @@ class Admission:
     def model_not_found(self, name: str, nearest: Sequence[str]) -> ModelNotFound:
         """The error for a `model` that is neither the base nor an adapter; `nearest` are adapters of a similar name."""
         hint = did_you_mean(name, [BASE_NAME, self.model_name, *nearest])
+        hint = hint or " GET /v1/models lists those that do."
         return ModelNotFound(f"Model {name[:96]!r} does not exist.{hint}", param="model")
 
     async def _admit(self, body: AnyBody, encode_prompt: Callable[[], Awaitable[list[int]]]) -> Generation:
@@ -107,7 +108,8 @@ class Admission:
             adapters = self._bind(body)
             held.callback(self._holds.release, adapters)
             request = self._request(body, adapters, await encode_prompt())
-            place.queue(len(request.prompt_token_ids))
+            is_cold = any(self._engine.tier_of(part.digest) != "device" for part in request.adapters)
+            place.queue(len(request.prompt_token_ids), is_cold=is_cold)
             model = self._require_engine()
             return Generation(
                 request,
@@ -133,6 +135,8 @@ class Admission:
                     raise InvalidRequest(message, param=f"adapter.{number}")
             return mix
         single = _scaled(adapter)
+        if not single.name:  # an unset variable of the client's, more likely than a wish for the base
+            raise InvalidRequest(f"The adapter's name is empty; leave it out, or say {BASE_NAME!r}.", param="adapter")
         if not self.is_base_name(single.name):
             return (single,)
         if single.scale != 1.0:

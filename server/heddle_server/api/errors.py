@@ -201,6 +201,8 @@ def engine_error(code: str | None, message: str | None) -> Exception:
             return AdapterExceedsPool(text, param="adapter")
         case "adapter_capacity":
             return AdapterCapacity(text, param="adapter")
+        case "store_unusable":
+            return StoreUnusable(text, param="adapter")
         case _:
             return GenerationFailed(text)
 

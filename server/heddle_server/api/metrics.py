@@ -9,7 +9,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from heddle_adapters.errors import AdapterNotFound
 from heddle_adapters.store import AdapterStore
 from heddle_adapters.tier import TIERS, AdapterMove
 from heddle_server.api.adapter_counters import AdapterCounters
@@ -104,7 +103,7 @@ class Metrics:
 
     def watch(self, engine: EngineView, store: AdapterStore) -> None:
         """Adds what the engine and the store say of themselves at every scrape."""
-        self.adapters.watch(lambda name: _is_registered(store, name))
+        self.adapters.watch(store.__contains__)
         self.registry.register(EngineCollector(engine))
         self.registry.register(_StoreCollector(store))
         self.registry.register(GatewayCollector(engine, store, self.waiting_adapters, self.adapters.num_uses))
@@ -133,11 +132,3 @@ class _StoreCollector(Collector):
         for status in ("ready", "quarantined"):
             registered.add_metric([status], counts[status])
         yield registered
-
-
-def _is_registered(store: AdapterStore, name: str) -> bool:
-    try:
-        store.record(name)
-    except AdapterNotFound:
-        return False
-    return True

@@ -66,6 +66,8 @@ class _Load:
     num_requests: int = 0
     num_queued: int = 0  # of those, without a first token
     queued_tokens: int = 0  # of their prompts
+    num_cold: int = 0  # of those queued, whose adapter was not on the device when they came
+    cold_tokens: int = 0  # of their prompts
     refused_at: float = -math.inf  # a tenant that was turned away a moment ago still wants its share
 
 
@@ -76,12 +78,18 @@ class Place:
         self._gate = gate
         self._load = load
         self._num_queued_tokens: int | None = None
+        self._is_cold = False
         load.num_requests += 1
 
-    def queue(self, num_prompt_tokens: int) -> None:
-        """The prompt is known and goes to the engine; raises `Overloaded` if too many came before it meanwhile."""
+    def queue(self, num_prompt_tokens: int, *, is_cold: bool = False) -> None:
+        """The prompt is known and goes to the engine; raises `Overloaded` if too many came before it meanwhile.
+
+        `is_cold`: its adapter has to come to the device first.
+        """
         self._gate.check_wait(self._load)
-        self._num_queued_tokens = num_prompt_tokens
+        self._num_queued_tokens, self._is_cold = num_prompt_tokens, is_cold
+        self._load.num_cold += is_cold
+        self._load.cold_tokens += is_cold * num_prompt_tokens
         self._load.num_queued += 1
         self._load.queued_tokens += num_prompt_tokens
 
@@ -90,6 +98,8 @@ class Place:
         if self._num_queued_tokens is not None:
             self._load.num_queued -= 1
             self._load.queued_tokens -= self._num_queued_tokens
+            self._load.num_cold -= self._is_cold
+            self._load.cold_tokens -= self._is_cold * self._num_queued_tokens
             self._num_queued_tokens = None
 
     def count_answer(self, num_tokens: int) -> None:
@@ -169,9 +179,13 @@ class LoadGate:
 
     def observe(self, stats: EngineStats) -> None:
         """The engine has done one more step."""
-        queued_tokens = sum(load.queued_tokens for load in self._loads.values())
+        loads = self._loads.values()
+        # What waits for an adapter keeps no engine busy, however much it is.
+        num_tokens = sum(load.queued_tokens - load.cold_tokens for load in loads)
+        num_requests = sum(load.num_requests - load.num_cold for load in loads)
         # More than it can take into one step waited for it, so that it computed as much as it can.
-        self._rate.observe(stats, is_busy=queued_tokens >= self._max_batch_tokens or self._is_batch_full)
+        is_busy = num_tokens >= self._max_batch_tokens or num_requests > self._max_batch_requests
+        self._rate.observe(stats, is_busy=is_busy)
 
     def count_answer(self, num_tokens: int) -> None:
         """A request has got its whole answer, of so many tokens."""

@@ -60,8 +60,8 @@ class PoolRoom:
             raise PinCapacity(
                 f"All pinned adapters together would need {needed * page_bytes} bytes of the page pool, and "
                 f"{max(0, self.num_pinnable_pages) * page_bytes} of its {self._model.num_pages * page_bytes} may be "
-                f"pinned: one request of {self._model.max_model_len} tokens must still fit. Unpin another adapter, or "
-                "start the server with a larger --pool-bytes.",
+                f"pinned: one request of {self._model.max_model_len} tokens must still fit. Pin fewer adapters, or "
+                "start the server with a larger --pool-bytes or a smaller --max-model-len.",
                 param="pinned",
             )
 

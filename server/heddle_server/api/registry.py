@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from heddle_adapters.checkpoint import Checkpoint, read_checkpoint
-from heddle_adapters.errors import AdapterError, AdapterNotFound, InvalidAdapterName, StoreUnusable
+from heddle_adapters.errors import AdapterError, InvalidAdapterName, StoreUnusable
 from heddle_adapters.names import check_name
 from heddle_adapters.store import AdapterStore
 from heddle_adapters.store_index import AdapterDetails, AdapterRecord, AdapterVersion
@@ -105,14 +105,14 @@ class AdapterRegistry:
 
     # What a user wants.
 
-    async def upload(self, upload: Upload) -> AdapterVersion:
-        """Stores a new adapter or a new version of one; durable on return.
+    async def upload(self, upload: Upload) -> tuple[AdapterVersion, bool]:
+        """Stores a new adapter or a new version of one; what the name means then, durably, and whether that is new.
 
         Raises what is wrong with the files, the name or the details, `AdapterExceedsPool` and `PinCapacity`.
         """
-        version = await self._change(self._put, upload, self.room)
+        version, is_new = await self._change(self._put, upload, self.room)
         self._engine.prepare_adapter(version.digest)
-        return version
+        return version, is_new
 
     async def validate(self, upload: Upload) -> Validation:
         """`upload` without storing anything; the name may be missing."""
@@ -180,16 +180,17 @@ class AdapterRegistry:
 
     # In the worker thread.
 
-    def _put(self, upload: Upload, room: PoolRoom) -> AdapterVersion:
+    def _put(self, upload: Upload, room: PoolRoom) -> tuple[AdapterVersion, bool]:
         name = self._checked_name(upload.name)
         checkpoint = self._checked(upload, room)
-        return self._store.put(name, checkpoint, upload.config, upload.weights_path, upload.details)
+        before = self._store.record(name).latest if name in self._store else None
+        version = self._store.put(name, checkpoint, upload.config, upload.weights_path, upload.details)
+        return version, version != before
 
     def _validate(self, upload: Upload, room: PoolRoom) -> Validation:
         record = None
-        if upload.name is not None:
-            with suppress(AdapterNotFound):
-                record = self._store.record(self._checked_name(upload.name))
+        if upload.name is not None and self._checked_name(upload.name) in self._store:
+            record = self._store.record(upload.name)
         checkpoint = self._checked(upload, room)
         references = self._store.names_of(checkpoint.digest)
         return Validation(upload.name, checkpoint, upload.details, record, references)
@@ -212,11 +213,9 @@ class AdapterRegistry:
         return name
 
     def _will_be_pinned(self, name: str | None, details: AdapterDetails) -> bool:
-        if details.is_pinned is not None or name is None:
+        if details.is_pinned is not None or name is None or name not in self._store:
             return bool(details.is_pinned)
-        with suppress(AdapterNotFound):
-            return self._store.record(name).is_pinned
-        return False
+        return self._store.record(name).is_pinned
 
     def _check_pins(self, name: str | None, digest: str, adapter: Packable, room: PoolRoom) -> None:
         others = {version.digest: version for version in self._store.pinned() if version.name != name}

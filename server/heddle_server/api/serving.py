@@ -71,7 +71,8 @@ class _Server(uvicorn.Server):
     async def _end_requests(self) -> None:
         engine = self._service.engine
         if engine.num_requests:
-            typer.echo(f"heddle: finishing {engine.num_requests} requests, {SHUTDOWN_SECONDS} s at most ...")
+            requests = "1 request" if engine.num_requests == 1 else f"{engine.num_requests} requests"
+            typer.echo(f"heddle: finishing {requests}, {SHUTDOWN_SECONDS} s at most ...")
         await asyncio.sleep(SHUTDOWN_SECONDS)
         engine.end_all("The server is shutting down. Try again shortly.")
 
@@ -185,7 +186,7 @@ def _say_ready(config: ServerConfig, model: ModelCard, address: str) -> None:
         f"memory: base {format_size(model.weights_bytes)} ({format_size(model.weights_4bit_bytes)} in 4 bit, "
         f"{format_size(rest)} in {model.dtype}), pool {format_size(model.pool_bytes)} for KV cache and adapters: "
         f"{model.num_pages} pages of {format_size(model.page_bytes)}, room for "
-        f"{model.num_pages * model.page_tokens} tokens, on {model.device}"
+        f"{model.num_pages * model.page_tokens} tokens, {model.max_model_len} at most in one request, on {model.device}"
     )
     typer.echo(f"heddle is ready at {address}")
     typer.echo(

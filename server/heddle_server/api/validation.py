@@ -38,6 +38,9 @@ def invalid_body(reports: Sequence[Any]) -> ApiError:
             return InvalidRequest(f"'{param}' is required.", param=param)
         case _ if param is None:
             return InvalidRequest("The body must be a JSON object, sent with Content-Type: application/json.")
+        case "too_short" | "too_long":  # of a list, which pydantic calls by what it is
+            said = report["msg"].removeprefix(report["ctx"]["field_type"]).replace(" after validation", "")
+            return InvalidRequest(f"'{param}'{said}.", param=param)
         case _:
             return InvalidRequest(report["msg"].replace("Input", f"'{param}'", 1) + ".", param=param)
 
@@ -46,6 +49,8 @@ _URGENCY = ("json_invalid", "extra_forbidden", "unsupported_parameter")
 
 
 def _unknown(name: str, param: str | None) -> UnknownParameter:
+    if name in _FIELDS:
+        return UnknownParameter(f"'{param}' is no parameter of this request.", param=param)
     hint = " Did you mean 'adapter'?" if name in _MEANT_ADAPTER else did_you_mean(name, sorted(_FIELDS))
     return UnknownParameter(f"Unknown parameter {name[:64]!r}.{hint}", param=param)
 

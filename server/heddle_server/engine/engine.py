@@ -15,7 +15,7 @@ import torch
 
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.device_rows import DeviceRows
-from heddle_adapters.errors import AdapterDamaged, AdapterError, AdapterExceedsPool
+from heddle_adapters.errors import AdapterDamaged, AdapterError, AdapterExceedsPool, StoreUnusable
 from heddle_adapters.eviction import EvictionOrder
 from heddle_adapters.host_tier import HostTier
 from heddle_adapters.loader import AdapterLoader
@@ -58,6 +58,7 @@ ERROR_CODES: tuple[tuple[type[Exception], str], ...] = (
     (AdapterExceedsPool, "adapter_too_large"),
     (AdapterCapacity, "adapter_capacity"),
     (PoolTooSmall, "adapter_capacity"),
+    (StoreUnusable, "store_unusable"),
     (AdapterError, "adapter_load_failed"),
     (Exception, "internal_error"),
 )
@@ -132,6 +133,7 @@ class Engine:
         """Forget a request and free what it holds; unknown ids have ended already."""
         if (sequence := self._sequences.pop(request_id, None)) is not None:
             self._scheduler.finish(sequence)
+            self._refused = [refusal for refusal in self._refused if refusal[0] is not sequence]
 
     def prepare_adapter(self, digest: str) -> None:
         """New content: compile its rows in the background, so that its first request finds them."""

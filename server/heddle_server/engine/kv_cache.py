@@ -41,16 +41,22 @@ class KvCache:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_tokens)
 
+    def check_room(self, sequence: Sequence, max_tokens: int) -> None:
+        """Raises OutOfSpace when a sequence without pages could not have those of its next `max_tokens` tokens.
+
+        A look that changes nothing: requests are tried in every step until there is room, which is no use of a prefix.
+        """
+        prefix = self._cached_prefix(sequence)
+        num_idle = sum(self._pool.references(page) == 1 for page in prefix)
+        num_tokens = min(sequence.num_tokens, len(prefix) * self._page_tokens + max_tokens)
+        self._pool.check_room(self.pages_for(num_tokens) - len(prefix) + num_idle)
+
     def attach_prefix(self, sequence: Sequence) -> None:
         """Give a sequence without pages the longest cached prefix, leaving at least one token to compute."""
         assert not sequence.pages, "the sequence already holds pages"
-        self._extend_keys(sequence, sequence.num_tokens)
-        usable = (sequence.num_tokens - 1) // self._page_tokens
-        for key in sequence.page_keys[:usable]:
-            if (page := self._page_of_key.get(key)) is None:
-                break
+        for page in self._cached_prefix(sequence):
             if self._pool.references(page) == 1:
-                self._pool.eviction.withdraw(key)
+                self._pool.eviction.withdraw(self._key_of_page[page])
                 self.num_idle_pages -= 1
             self._pool.share(page)
             sequence.pages.append(page)
@@ -108,6 +114,17 @@ class KvCache:
         for page, key in self._key_of_page.items():
             assert (key in self._pool.eviction) == (page in idle), f"page {page} is in use and could be given up"
         assert {page: key for key, page in self._page_of_key.items()} == self._key_of_page, "cache index torn"
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Pages of the longest cached prefix that leaves at least one token to compute."""
+        self._extend_keys(sequence, sequence.num_tokens)
+        usable = (sequence.num_tokens - 1) // self._page_tokens
+        pages: list[int] = []
+        for key in sequence.page_keys[:usable]:
+            if (page := self._page_of_key.get(key)) is None:
+                break
+            pages.append(page)
+        return pages
 
     def _offer(self, page: int, key: bytes) -> None:
         page_bytes = self._pool.page_bytes

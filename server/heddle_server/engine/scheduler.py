@@ -46,6 +46,18 @@ class StepPlan:
     failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
 
 
+@dataclass
+class Admission:
+    """One step's attempts to start waiting requests."""
+
+    plan: StepPlan
+    budget: int  # tokens left to compute
+    started: list[Sequence] = field(default_factory=list)
+    short_of_room: list[Sequence] = field(default_factory=list)  # tried in vain
+    blocked_tenants: set[str] = field(default_factory=set)  # who wait for room in their own share, long enough
+    is_over: bool = False  # nothing more is to be tried
+
+
 class PoolTooSmall(Exception):
     """A request needs more pages than the pool has, even with nothing else running."""
 
@@ -95,6 +107,7 @@ class Scheduler:
             if budget and sequence in self.running:  # an earlier one may have pushed it out
                 budget -= self._continue(sequence, budget, plan)
         self._admit(budget, plan)
+        self._residency.let_go()
         return plan
 
     def finish(self, sequence: Sequence) -> None:
@@ -129,60 +142,84 @@ class Scheduler:
                 return num_tokens
 
     def _admit(self, budget: int, plan: StepPlan) -> None:
-        """Start waiting requests, passing over those whose adapter is on its way."""
-        if not budget or len(self.running) >= self._max_batch_requests:
-            return
-        short_of_room: list[Sequence] = []
-        blocked_tenants: set[str] = set()  # whose share of the pool is taken and who have waited long enough for it
-        for sequence in self._candidates():
-            if not budget or len(self.running) >= self._max_batch_requests:
-                return
-            if sequence.request.tenant in blocked_tenants:
-                continue
-            try:
-                taken = self._start(sequence, budget, plan)
-            except OutOfSpace as error:
-                is_own_share = isinstance(error, TenantShareFull)
-                tenant = sequence.request.tenant if is_own_share else None
-                if not self._may_come_free(tenant):
-                    self._fail(sequence, PoolTooSmall(sequence), plan)
-                elif not is_own_share and sequence.num_overtaken >= MAX_OVERTAKEN:
-                    return  # what comes free is for this one
-                elif sequence.num_overtaken >= MAX_OVERTAKEN:
-                    blocked_tenants.add(sequence.request.tenant)
-                else:
-                    short_of_room.append(sequence)
-                    if len(short_of_room) == MAX_SHORT_OF_ROOM:
-                        return
-            except Exception as error:  # whatever the load raised is these requests' failure, nobody else's
-                self._fail(sequence, error, plan)
-            else:
-                budget -= taken
-                if taken:
-                    self._count_overtaken(short_of_room)
+        """Start waiting requests, and have adapters copied for those that cannot start before."""
+        admission = Admission(plan, budget)
+        for sequence in self._candidates(admission):
+            if sequence.request.tenant not in admission.blocked_tenants:
+                self._try(sequence, admission)
+            if admission.is_over:
+                break
+        for sequence in admission.short_of_room:
+            self._count_overtaken(sequence, admission.started)
 
-    def _may_come_free(self, tenant: str | None) -> bool:
-        """Whether anything runs, of this tenant or of all, that will give pages back."""
-        is_running = any(tenant is None or sequence.request.tenant == tenant for sequence in self.running)
-        return is_running or self._residency.is_copying
+    def _candidates(self, admission: Admission) -> Iterator[Sequence]:
+        """Waiting sequences: overdue ones, then those that can start at once, then those that need a copy first.
 
-    def _candidates(self) -> Iterator[Sequence]:
-        """Waiting sequences, each once: overdue ones, then the oldest untried of the tenant that has had least."""
+        So an adapter that has just been brought is used before another may push it out again.
+        """
         yield from list(self._overdue)
+        for sequence in self._in_turn(are_here=True):
+            if self._is_full(admission):
+                break
+            yield sequence
+        yield from self._in_turn(are_here=False)
+
+    def _in_turn(self, are_here: bool) -> Iterator[Sequence]:
+        """Those whose adapters are on the device, or not: always the oldest of the tenant that has had least."""
         untried = {tenant: iter(list(queue)) for tenant, queue in self._waiting.items()}
         while untried:
             tenant = self._counters.first(untried) if len(untried) > 1 else next(iter(untried))
             sequence = next(untried[tenant], None)
             if sequence is None:
                 del untried[tenant]
-            elif sequence not in self._overdue:
+            elif sequence not in self._overdue and self._residency.are_here(sequence.request.adapters) == are_here:
                 yield sequence
 
-    def _count_overtaken(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
-            sequence.num_overtaken += 1
-            if sequence.num_overtaken == MAX_OVERTAKEN:
-                self._overdue.append(sequence)
+    def _is_full(self, admission: Admission) -> bool:
+        return not admission.budget or len(self.running) >= self._max_batch_requests
+
+    def _try(self, sequence: Sequence, admission: Admission) -> None:
+        """Start it, or have its adapter brought nearer; what fails in that is this request's failure, nobody else's."""
+        if self._is_full(admission) and self._residency.are_here(sequence.request.adapters):
+            return
+        try:
+            num_tokens = self._start(sequence, admission.budget, admission.plan)
+        except OutOfSpace as error:
+            self._has_no_room(sequence, isinstance(error, TenantShareFull), admission)
+        except Exception as error:
+            self._fail(sequence, error, admission.plan)
+        else:
+            admission.budget -= num_tokens
+            if num_tokens:
+                admission.started.append(sequence)
+            else:
+                self._residency.keep(sequence.request.adapters)
+
+    def _has_no_room(self, sequence: Sequence, is_own_share: bool, admission: Admission) -> None:
+        """It waits for pages, of the pool or of its tenant's share, unless none will ever come free."""
+        tenant, is_overdue = sequence.request.tenant, sequence.num_overtaken >= MAX_OVERTAKEN
+        if not self._may_come_free(tenant if is_own_share else None):
+            self._fail(sequence, PoolTooSmall(sequence), admission.plan)
+            return
+        if is_overdue and not is_own_share:
+            admission.is_over = True  # what comes free is for this one
+            return
+        self._residency.keep(sequence.request.adapters)
+        if is_overdue:
+            admission.blocked_tenants.add(tenant)
+        else:
+            admission.short_of_room.append(sequence)
+            admission.is_over = len(admission.short_of_room) == MAX_SHORT_OF_ROOM
+
+    def _may_come_free(self, tenant: str | None) -> bool:
+        """Whether anything runs, of this tenant or of all, that will give pages back."""
+        is_running = any(tenant is None or sequence.request.tenant == tenant for sequence in self.running)
+        return is_running or self._residency.may_come_free
+
+    def _count_overtaken(self, sequence: Sequence, started: list[Sequence]) -> None:
+        sequence.num_overtaken += sum(other.arrived_at > sequence.arrived_at for other in started)
+        if sequence.num_overtaken >= MAX_OVERTAKEN:
+            self._overdue.append(sequence)
 
     def _start(self, sequence: Sequence, budget: int, plan: StepPlan) -> int:
         """Move a waiting sequence to the running ones and plan its first chunk.
@@ -192,14 +229,15 @@ class Scheduler:
         slot = self._slot(sequence)
         if slot is None:
             return 0
+        try:
+            self._kv_cache.check_room(sequence, budget)
+        except OutOfSpace:
+            self._residency.release(sequence.request.adapters)
+            raise
         sequence.slot = slot
         self._kv_cache.attach_prefix(sequence)
         num_tokens = min(sequence.num_pending, budget)
-        try:
-            self._kv_cache.reserve(sequence, sequence.num_computed + num_tokens)
-        except OutOfSpace:
-            self._release(sequence)
-            raise
+        self._kv_cache.reserve(sequence, sequence.num_computed + num_tokens)
         if sequence.started_at is None:
             self._first_start(sequence)
         self._leave_queue(sequence)
