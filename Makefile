@@ -24,8 +24,10 @@ format: $(VENV)/ready ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-soak: $(VENV)/ready ## the long proofs; results as JSON in results/
+soak: $(VENV)/ready ## the long proofs and the benchmarks, about an hour; results as JSON in results/
 	$(BIN)/python -m pytest -m slow --timeout 1200 --json-results results/soak.json
+	$(BIN)/heddle bench adapters --json results/bench_adapters.json
+	$(BIN)/heddle bench eviction --served --json results/bench_eviction.json
 
 train: $(VENV)/ready ## make the embedded base and its adapters again (about half an hour)
 	$(BIN)/python -m heddle_demo.train
