@@ -19,13 +19,11 @@ import msgspec
 import zmq
 
 from heddle_adapters.base_layout import BaseLayout, Site
-from heddle_adapters.tier import Tier, farthest
+from heddle_adapters.tier import AdapterMove, CachedAdapter, Tier, farthest
 from heddle_server.config import EngineConfig
 from heddle_server.messages import (
     Abort,
-    AdapterMove,
     AdmissionReport,
-    CachedAdapter,
     CacheReport,
     DescribeCache,
     EngineStats,

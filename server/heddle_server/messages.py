@@ -10,9 +10,7 @@ from typing import Literal
 import msgspec
 
 from heddle_adapters.base_layout import BaseLayout
-from heddle_adapters.tier import AdapterMove as AdapterMove
-from heddle_adapters.tier import CachedAdapter as CachedAdapter
-from heddle_adapters.tier import Tier
+from heddle_adapters.tier import AdapterMove, CachedAdapter, Tier
 from heddle_server.request import Request
 
 FinishReason = Literal["stop", "length", "abort", "error"]

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from heddle_adapters.store import AdapterStore
+from heddle_adapters.tier import CachedAdapter
 from heddle_server.api.engine_metrics import packing_waste, pages_by_kind, requests_by_tier
 from heddle_server.api.service import service_of
-from heddle_server.messages import CachedAdapter, EngineStats, ModelCard
+from heddle_server.messages import EngineStats, ModelCard
 
 MAX_ADAPTERS = 10_000
 

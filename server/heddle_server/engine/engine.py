@@ -22,6 +22,7 @@ from heddle_adapters.loader import AdapterLoader
 from heddle_adapters.page_pool import PagePool
 from heddle_adapters.residency import AdapterCapacity, Residency
 from heddle_adapters.row_compiler import RowCompiler
+from heddle_adapters.tier import AdapterMove
 from heddle_kernels.dispatch import select_kernels
 from heddle_server.config import PAGE_TOKENS, ConfigError, EngineConfig
 from heddle_server.engine.kv_cache import KvCache
@@ -34,7 +35,6 @@ from heddle_server.engine.self_test import self_test
 from heddle_server.engine.sequence import Sequence
 from heddle_server.engine.weave import ForwardContext, base_biases, weave
 from heddle_server.messages import (
-    AdapterMove,
     AdmissionReport,
     CacheReport,
     EngineStats,
