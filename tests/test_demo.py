@@ -25,13 +25,13 @@ HEDDLE = [sys.executable, "-m", "heddle_server"]
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running demo whose tour is over."""
+    """A running demo whose tour is over, in float32: bfloat16 may break a near-tie by who else is in the batch."""
     log = tmp_path_factory.mktemp("demo") / "log"
     port = free_port()
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            [*HEDDLE, "demo", "--no-browser", "--port", str(port)], stdout=output, stderr=output
+            [*HEDDLE, "demo", "--no-browser", "--dtype", "float32", "--port", str(port)], stdout=output, stderr=output
         ) as process,
     ):
         deadline = time.monotonic() + 120
@@ -53,7 +53,7 @@ def free_port() -> int:
 
 def test_the_tour_ends_well() -> None:
     result = subprocess.run(
-        [*HEDDLE, "demo", "--tour", "--dtype", "float32", "--port", str(free_port())],
+        [*HEDDLE, "demo", "--tour", "--port", str(free_port())],
         capture_output=True,
         text=True,
         timeout=180,
