@@ -151,7 +151,7 @@ def names() -> RequestCases:
     bad += ["@", "a@", "a#b"]
     bad += ["a?b", "a&b", "a=b", "a%2fb", "%2e%2e", "%00", "a*", "*", "?", "[a]", "{a}", "a|b", "<a>", "$(id)"]
     bad += ["`id`", "${jndi:x}"]
-    bad += ["'; DROP TABLE names; --", '"a"', "a'b", "sha256:" + "0" * 64, "a@sha256:" + "0" * 64, "file:///a"]
+    bad += ["'; DROP TABLE names; --", '"a"', "a'b", "sha256:" + "0" * 64, "a@sha256:" + "0" * 64, "file://host/a"]
     bad += ["http://a/b"]
     bad += ["n" * 97, "n" * 1000, f"{'n' * 97}/a", f"a/{'n' * 97}", "base", "BASE", "Base", "scripted-model"]
     bad += ["a/versions", "aliases"]

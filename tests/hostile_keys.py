@@ -41,7 +41,7 @@ def hostile_names() -> Cases:
     named = {name: bad_header("1 to 512 printable", _renamed(value)) for name, value in odd.items()}
     surrogate = json.dumps(honest_header()).encode().replace(b"q_proj", b"q_proj\\ud800", 1)
     paths = ["../../etc/passwd", "/etc/passwd", "..\\..\\boot.ini", "C:\\Windows\\x", "\\\\host\\share"]
-    paths += ["file:///etc/passwd"]
+    paths += ["file://host/etc/passwd"]
     paths += ["~/.ssh/id_rsa", "..%2f..%2fetc", "./x", "model/../../x", "$(id)", "`id`", "{{7*7}}"]
     paths += ["${jndi:ldap://x}", "%s%n"]
     paths += ["' OR 1=1 --", "<script>alert(1)</script>", "con", "-rf", "__proto__", "__class__.__init__.__globals__"]

@@ -150,7 +150,7 @@ def content_types() -> RequestCases:
             INVALID, None, b'{"name": "a", "path": "/etc/passwd"}', content_type="application/json"
         ),
         "JSON of a link": posts(
-            INVALID, None, b'{"name": "a", "url": "file:///etc/passwd"}', content_type="application/json"
+            INVALID, None, b'{"name": "a", "url": "file://host/etc/passwd"}', content_type="application/json"
         ),
     }
 
