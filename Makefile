@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 SOURCES := server kernels adapters loadtest demo tests
 HAS_NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: demo test check format soak train clean
+.PHONY: demo test check format soak gpu train clean
 
 demo: $(VENV)/ready ## serve the embedded base with all its adapters, take the tour, keep serving
 	$(BIN)/heddle demo
@@ -29,6 +29,10 @@ soak: $(VENV)/ready ## the long proofs and the benchmarks, about an hour; result
 	$(BIN)/heddle bench adapters --json results/bench_adapters.json
 	$(BIN)/heddle bench eviction --served --json results/bench_eviction.json
 
+# In the machine's own Python, with its own torch and triton: nothing is installed, nothing is fetched.
+gpu: ## on a machine with an NVIDIA GPU: every kernel tested and measured, 8 minutes at most; loadtest/results/*.json
+	@PYTHONPATH="server:kernels:adapters:loadtest:demo:$$PYTHONPATH" $(PYTHON) -m heddle_demo.bench.gpu_run $(GPU_FLAGS)
+
 train: $(VENV)/ready ## make the embedded base and its adapters again (about half an hour)
 	$(BIN)/python -m heddle_demo.train
 
@@ -49,6 +53,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(INSTALL_TORCH)
 	@echo "installing heddle and its tools ..."
 	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m heddle_kernels.cpu_kernels
 	@touch $@
 
 clean:

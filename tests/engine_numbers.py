@@ -33,4 +33,5 @@ STATS = EngineStats(
     num_segments=0,
     num_computed_tokens=0,
     step_seconds=0.0,
+    host_seconds=0.0,
 )

@@ -16,8 +16,9 @@ from heddle_adapters.eviction import EvictionOrder
 from heddle_adapters.packed_adapter import PackedAdapter
 from heddle_adapters.packer import Packer
 from heddle_adapters.page_pool import PagePool
-from heddle_kernels import reference
+from heddle_kernels.reference import ReferenceOps
 from heddle_kernels.segments import Segments
+from heddle_kernels.site_group import SiteGroup
 
 PAGE_BYTES = 512
 DIGEST = "sha256:" + "7" * 64
@@ -112,11 +113,12 @@ def place(rows: DeviceRows, packed: PackedAdapter) -> PlacedAdapter:
 
 
 def apply(rows: DeviceRows, x: Tensor, weight: Tensor, b0: Tensor | None, segments: Segments, site: int) -> Tensor:
-    """One site of the batch through the reference kernels, as a woven linear does it."""
-    scaled = reference.scale_input(x, rows.vectors, rows.table, segments, site)
+    """One site of the batch through the reference operations, as a woven linear does it."""
+    ops, group = ReferenceOps(), SiteGroup(site, x.shape[1], (weight.shape[0],))
+    plan = ops.plan_rows(rows.rows, rows.vectors, rows.table, segments)
+    scaled = ops.scale_input(x, plan, site)
     y = torch.nn.functional.linear(scaled, weight, b0)
-    h = reference.shrink(scaled, rows.rows, rows.table, segments, site)
-    reference.expand_add(y, h, rows.rows, rows.vectors, rows.table, segments, site, b0)
+    ops.expand_add(y, ops.shrink(scaled, plan, group), plan, group, b0)
     return y
 
 

@@ -67,7 +67,7 @@ DIES_AT_START = "dies"
 HANGS_AT_START = "hangs"
 
 SITE = Site("model.layers.0.self_attn.q_proj", "linear", 8, 8, has_bias=False)
-LAYOUT = BaseLayout("scripted", "sha256:" + "0" * 64, "none", (SITE,))
+LAYOUT = BaseLayout("scripted", "sha256:" + "0" * 64, "nf4", (SITE,))
 
 
 def main() -> None:
@@ -222,6 +222,7 @@ class ScriptedEngine:
             num_segments=self.num_steps,
             num_computed_tokens=self.num_tokens,
             step_seconds=self.num_steps * STEP_SECONDS,
+            host_seconds=0.0,
         )
 
 
@@ -272,7 +273,7 @@ def model_card() -> ModelCard:
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=(EOS,),
         weights_bytes=3 << 20,
-        weights_4bit_bytes=2 << 20,
+        quantized_bytes=2 << 20,
         pool_bytes=NUM_PAGES * PAGE_BYTES,
         page_bytes=PAGE_BYTES,
         page_tokens=16,

@@ -182,7 +182,7 @@ def test_serve_says_what_it_does_and_stops_on_sigterm(model: Path, tmp_path: Pat
         assert lines[-1], server.communicate()
     text = "".join(lines)
     assert "weights" in text
-    assert "memory: base 3.0 MiB (2.0 MiB in 4 bit, 1.0 MiB in float32), pool 32 KiB for KV cache" in text
+    assert "memory: base 3.0 MiB (2.0 MiB in nf4, 1.0 MiB in float32), pool 32 KiB for KV cache" in text
     address = next(line.split()[-1] for line in lines if line.startswith("heddle is ready at"))
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200

@@ -17,6 +17,7 @@ from heddle_adapters.device_rows import DeviceRows, PlacedAdapter, PlacedMix
 from heddle_adapters.packed_adapter import PackedAdapter
 from heddle_adapters.page_pool import PagePool
 from heddle_adapters.run_allocator import OutOfSpace
+from heddle_kernels.row_table import COLUMNS
 from heddle_kernels.segments import Segments
 from row_samples import (
     PAGE_BYTES,
@@ -130,7 +131,7 @@ def make_here(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> tuple
 
 def snapshot(rows: DeviceRows, pool: PagePool) -> list[object]:
     """All that a failed attempt must leave alone."""
-    return [pool.num_free, *(column.clone() for column in vars(rows.table).values())]
+    return [pool.num_free, *(getattr(rows.table, column).clone() for column in COLUMNS)]
 
 
 def assert_unchanged(before: list[object], after: list[object]) -> None:
@@ -147,7 +148,7 @@ def test_computes_the_formula_in_pages_of_nan(dtype: torch.dtype, device: str) -
         placed = place(rows, pack_here(updates, dtype))
         assert_computes(rows, placed.slot, updates)
         changed = {update.site for update in updates}
-        assert rows.sites_of(placed.slot) == {i for i, site in enumerate(SITES) if site.path in changed}
+        assert rows.line_of(placed.slot).touched_sites == {i for i, site in enumerate(SITES) if site.path in changed}
         rows.remove(placed)
         pool.check_integrity()
     assert pool.num_free == POOL_PAGES
@@ -231,7 +232,7 @@ def test_a_mix_is_the_exact_sum(seed: int, device: str) -> None:
     assert mix.num_pages <= -(-bias_bytes // PAGE_BYTES) + 2, "vectors only: no row is copied"
     assert_computes(rows, mix.slot, expected)
     touched = [number for number, update in enumerate(expected) if update.num_rows or update.bias is not None]
-    assert rows.sites_of(mix.slot) == set(touched)
+    assert rows.line_of(mix.slot).touched_sites == set(touched)
     rows.remove_mix(mix)
     assert pool.num_free == num_free
     for (adapter, _), (updates, _) in zip(placed, parts, strict=True):

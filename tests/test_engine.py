@@ -214,7 +214,7 @@ def test_a_step_that_raises_ends_its_requests_and_not_the_engine(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine._runner, "run", broken)
+        patched.setattr(engine._runner, "launch", broken)
         (lost,) = run(engine, [make_request(prompt_of(9, 1))])
     assert lost.error_code == "internal_error"
     assert "out of memory" not in (lost.error_message or ""), "the log has the reason, the client does not"
@@ -312,7 +312,7 @@ def test_impossible_sizes_are_refused_at_start(
 def test_nf4_equals_its_dequantised_twin(double_quantization: bool, llama: tuple[Path, PreTrainedModel]) -> None:
     engine = make_engine(llama[0], quantization="nf4", double_quantization=double_quantization)
     assert engine.model.layout.quantization == "nf4"
-    assert 0 < engine.model.weights_4bit_bytes < engine.model.weights_bytes
+    assert 0 < engine.model.quantized_bytes < engine.model.weights_bytes
     twin = dequantised_twin(llama[0], double_quantization)
     requests = [make_request(prompt_of(n, n), max_tokens=4, num_logprobs=VOCABULARY) for n in (6, 50)]
     for answer in run(engine, requests):
@@ -369,5 +369,5 @@ def test_cuda_that_is_not_there_is_an_error_at_start(llama: tuple[Path, PreTrain
 
 
 def test_config_errors_name_the_setting() -> None:
-    with pytest.raises(ConfigError, match=r"--quantization is 'gptq'; it must be one of nf4, none"):
+    with pytest.raises(ConfigError, match=r"--quantization is 'gptq'; it must be one of nf4, fp4, int8, none"):
         EngineConfig(model_path="", model_name="", store_path="", quantization="gptq")  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": {"kernels"},
     "server": {"kernels", "adapters"},
     "loadtest": set(),
-    "demo": {"server", "adapters", "loadtest"},
+    "demo": {"server", "adapters", "kernels", "loadtest"},
 }
 COMPOSITION_ROOTS = {  # `heddle demo` and `heddle bench` are commands of the server's own program
     Path("server/heddle_server/cli.py"),

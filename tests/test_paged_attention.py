@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from heddle_kernels import reference
 from heddle_kernels.paged_batch import PagedBatch
+from heddle_kernels.reference import ReferenceOps
 from tolerances import OPERATION
 
 PAGE_TOKENS, HEAD_DIM, NUM_PAGES = 4, 8, 40
@@ -63,10 +63,11 @@ def test_matches_dense_attention(
         begins = ends
         batch = paged_batch(chunks, pages)
         flat = [torch.cat([s[b:e] for s, (b, e) in zip(states, chunks, strict=True)]) for states in (query, key, value)]
-        reference.write_kv(flat[1], flat[2], kv, batch)
-        attended = reference.paged_attention(flat[0], kv, batch, SCALING, window, softcap, sinks)
+        ops = ReferenceOps()
+        ops.write_kv(flat[1], flat[2], kv, batch)
+        attended = ops.paged_attention(flat[0], kv, batch, SCALING, window, softcap, sinks)
         for number, (begin, end) in enumerate(chunks):
-            first = batch.query_start[number]
+            first = batch.query_bounds[number]
             out[number][begin:end] = attended[first : first + end - begin]
     for number, length in enumerate(lengths):
         expected = dense(query[number], key[number], value[number], window, softcap, sinks)
@@ -75,15 +76,20 @@ def test_matches_dense_attention(
 
 
 def paged_batch(chunks: list[tuple[int, int]], pages: list[Tensor]) -> PagedBatch:
-    starts, write_page, write_offset = [0], list[int](), list[int]()
-    for (begin, end), held in zip(chunks, pages, strict=True):
-        starts.append(starts[-1] + end - begin)
-        write_page += [int(held[position // PAGE_TOKENS]) for position in range(begin, end)]
-        write_offset += [position % PAGE_TOKENS for position in range(begin, end)]
+    bounds, write_slot = [0], list[int]()
+    page_table = torch.zeros(len(pages), max(map(len, pages)), dtype=torch.int32)
+    for row, ((begin, end), held) in enumerate(zip(chunks, pages, strict=True)):
+        bounds.append(bounds[-1] + end - begin)
+        write_slot += [
+            int(held[position // PAGE_TOKENS]) * PAGE_TOKENS + position % PAGE_TOKENS for position in range(begin, end)
+        ]
+        page_table[row, : len(held)] = held
+    lengths = tuple(end for _, end in chunks)
     return PagedBatch(
-        query_start=tuple(starts),
-        length=tuple(end for _, end in chunks),
-        pages=tuple(held[: -(-end // PAGE_TOKENS)] for (_, end), held in zip(chunks, pages, strict=True)),
-        write_page=torch.tensor(write_page, dtype=torch.int64),
-        write_offset=torch.tensor(write_offset, dtype=torch.int64),
+        query_start=torch.tensor(bounds, dtype=torch.int32),
+        length=torch.tensor(lengths, dtype=torch.int32),
+        page_table=page_table,
+        write_slot=torch.tensor(write_slot, dtype=torch.int64),
+        query_bounds=tuple(bounds),
+        lengths=lengths,
     )

@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from heddle_server.engine.sampler import Sampled, sample, uniform
+from heddle_server.engine.sampler import Sampled, draw, uniform
 from heddle_server.request import SamplingParams
 
 
 def tokens(logits: torch.Tensor, params: list[SamplingParams], positions: list[int]) -> list[Sampled]:
     """What was sampled, all rows being sound."""
-    sampled = [token for token in sample(logits, params, positions) if token is not None]
+    sampled = [token for token in draw(logits, params, positions).read() if token is not None]
     assert len(sampled) == len(params)
     return sampled
 
@@ -107,7 +107,7 @@ def test_a_row_that_is_not_finite_gets_no_token_and_hurts_no_other(poison: float
     logits = LOGITS.repeat(3, 1)
     logits[1, 2] = poison
     params = [SamplingParams(max_tokens=1, temperature=temperature, seed=5, num_logprobs=1)] * 3
-    first, poisoned, last = sample(logits, params, [0, 0, 0])
+    first, poisoned, last = draw(logits, params, [0, 0, 0]).read()
     assert poisoned is None
     assert first == last == tokens(LOGITS[None], params[:1], [0])[0]
 

@@ -12,6 +12,9 @@ LOGITS_FP32 = 1e-5
 MIN_EFFECT_FP32 = 100
 MIN_EFFECT_BF16 = 10
 
+# One engine's logprobs against another's over the same base in float32: other kernels, other orders of sums.
+ENGINE_LOGPROBS = 1e-4
+
 # Greedy tokens must be equal wherever the reference's best logit leads by more than this.
 NEAR_TIE_MARGIN = 0.05
 

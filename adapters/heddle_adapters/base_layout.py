@@ -25,8 +25,8 @@ class BaseLayout(msgspec.Struct, frozen=True):
     """The sites of one base, in a fixed order; a site's index in `sites` is its id in every table."""
 
     model_name: str
-    fingerprint: str  # "sha256:<hex>" of the base's weights and quantisation format
-    quantization: str  # "nf4" or "none"
+    fingerprint: str  # "sha256:<hex>" of the base's weights and quantisation format, "dummy:<hex>" of random ones
+    quantization: str  # "nf4", "fp4", "int8" or "none"
     sites: tuple[Site, ...]
 
     def index(self) -> dict[str, int]:

@@ -71,6 +71,19 @@ class PlacedMix:
         return len(self.page_map.pages)
 
 
+@dataclass(frozen=True)
+class LineSummary:
+    """What a step must know of a table's line before it looks at single sites."""
+
+    touched_sites: frozenset[int]
+    scaled_input_sites: frozenset[int]  # of those, where the input is scaled
+
+    @classmethod
+    def of(cls, table: RowTable, slot: int) -> LineSummary:
+        scaled = (table.in_scale.numpy()[slot] != ABSENT).nonzero()[0]
+        return cls(table.sites_of(slot), frozenset(scaled.tolist()))
+
+
 class DeviceRows:
     """Called from the engine's thread, between two steps, but for `copy` and `allocate_host`."""
 
@@ -92,7 +105,7 @@ class DeviceRows:
         self._copy_stream = torch.cuda.Stream(memory.device) if memory.is_cuda else None  # type: ignore[no-untyped-call]
         self._slots = RunAllocator(self.table.num_slots)
         self._heap = RunAllocator(self.table.heap_capacity)
-        self._sites_of_slot: dict[int, frozenset[int]] = {}
+        self._line_of_slot: dict[int, LineSummary] = {}
 
     def allocate_host(self, num_bytes: int) -> NDArray[np.uint8]:
         """Memory to read an adapter's pages into: pinned where the device copies from it, uninitialised."""
@@ -139,7 +152,7 @@ class DeviceRows:
         ):
             present = offsets != ABSENT
             column[slot, packed.site[present]] = page_map.place(offsets[present], page_bytes) // VECTOR_BYTES
-        self._sites_of_slot[slot] = table.sites_of(slot)
+        self._finish_line(slot, heap)
         return PlacedAdapter(slot, heap_first, packed.num_rows, page_map, packed.used_bytes)
 
     def cancel(self, page_map: PageMap) -> None:
@@ -166,16 +179,16 @@ class DeviceRows:
         for column, begin in zip(vector_columns(self.table), vectors.columns_of(offsets), strict=True):
             column[slot] = begin
         self._list_rows(slot, heap_first, slots, scales)
-        self._sites_of_slot[slot] = self.table.sites_of(slot)
+        self._finish_line(slot, slice(heap_first, heap_first + num_rows))
         return PlacedMix(slot, heap_first, num_rows, page_map, vectors.values.nbytes)
 
     def remove_mix(self, mix: PlacedMix) -> None:
         """Give the mix's own pages, heap entries and slot back."""
         self._remove_line(mix)
 
-    def sites_of(self, slot: int) -> frozenset[int]:
-        """The sites that a resident adapter or mix changes."""
-        return self._sites_of_slot[slot]
+    def line_of(self, slot: int) -> LineSummary:
+        """Where a resident adapter or mix changes anything."""
+        return self._line_of_slot[slot]
 
     def _reserve_pages(self, run_lengths: NDArray[np.int32]) -> PageMap:
         """Pages for runs of these lengths, the long ones first: so a free pool has room for whatever fits in it."""
@@ -245,9 +258,13 @@ class DeviceRows:
         self._slots.grow(num_slots)
         self._heap.grow(heap_capacity)
 
+    def _finish_line(self, slot: int, heap: slice) -> None:
+        self._line_of_slot[slot] = LineSummary.of(self.table, slot)
+        self.table.note_change(slot, heap)
+
     def _remove_line(self, placed: PlacedAdapter | PlacedMix) -> None:
         self.table.clear(placed.slot)
-        del self._sites_of_slot[placed.slot]
+        del self._line_of_slot[placed.slot]
         self.cancel(placed.page_map)
         if placed.num_rows:
             self._heap.free(placed.heap_first, placed.num_rows)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -12,12 +12,22 @@ from torch import Tensor
 class PagedBatch:
     """Sequences of a step, their new tokens side by side in one flat batch. Filled by the model runner."""
 
-    query_start: tuple[int, ...]  # [num_sequences + 1], bounds of each sequence's new tokens
-    length: tuple[int, ...]  # [num_sequences], tokens of each sequence after this step
-    pages: tuple[Tensor, ...]  # [num_sequences] of int64 [pages of the sequence], in order
-    write_page: Tensor  # [num_tokens] int64, the page each new token is stored in
-    write_offset: Tensor  # [num_tokens] int64, its place in that page
+    query_start: Tensor  # [num_sequences + 1] int32, bounds of each sequence's new tokens
+    length: Tensor  # [num_sequences] int32, tokens of each sequence after this step; 0 = nobody sits here
+    page_table: Tensor  # [num_sequences, max_pages] int32, pages of each sequence in order, then zeros
+    write_slot: Tensor  # [num_tokens] int64, page * page_tokens + place in it, of each new token
+    query_bounds: tuple[int, ...]  # query_start on the host
+    lengths: tuple[int, ...]  # length on the host
 
-    def sequences(self) -> Iterator[tuple[int, int, int, Tensor]]:
-        """(begin, end, length, pages) of every sequence."""
-        yield from zip(self.query_start, self.query_start[1:], self.length, self.pages, strict=False)
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has exactly one new token."""
+        return self.query_bounds[-1] == len(self.lengths)
+
+    @property
+    def max_query_tokens(self) -> int:
+        return max((end - begin for begin, end in pairwise(self.query_bounds)), default=0)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths, default=0)

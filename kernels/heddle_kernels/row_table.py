@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 ABSENT = -1  # in a vector column: this adapter has no such vector at this site
+COLUMNS = (
+    *("first", "count", "in_scale", "out_scale", "bias"),  # [num_slots, num_sites]
+    *("a_offset", "b_offset", "gain", "c", "activation"),  # [heap_capacity]
+)
+
+
+@dataclass
+class RowChanges:
+    """What a copy of the table lacks."""
+
+    slots: set[int] = field(default_factory=set)
+    heap: list[slice] = field(default_factory=list)
+    has_grown: bool = False  # all tensors are others now
 
 
 class RowTable:
@@ -40,6 +55,7 @@ class RowTable:
         self.gain = torch.zeros(heap_capacity, dtype=torch.float32)
         self.c = torch.zeros(heap_capacity, dtype=torch.float32)
         self.activation = torch.zeros(heap_capacity, dtype=torch.int8)
+        self._changed: RowChanges | None = None  # None: nobody keeps a copy
 
     @property
     def num_slots(self) -> int:
@@ -56,10 +72,23 @@ class RowTable:
     def grow(self, num_slots: int, heap_capacity: int) -> None:
         """Make room, keeping every line where it is."""
         larger = RowTable(num_slots, self.num_sites, heap_capacity)
-        for name, tensor in vars(self).items():
-            target = getattr(larger, name)
+        for name in COLUMNS:
+            tensor, target = getattr(self, name), getattr(larger, name)
             target[: tensor.shape[0]] = tensor
             setattr(self, name, target)
+        if self._changed is not None:
+            self._changed = RowChanges(has_grown=True)
+
+    def note_change(self, slot: int, heap: slice = slice(0)) -> None:
+        """A slot's line and these heap entries are about to be read: whoever keeps a copy must have them."""
+        if self._changed is not None:
+            self._changed.slots.add(slot)
+            self._changed.heap.append(heap)
+
+    def take_changes(self) -> RowChanges:
+        """What is new since this was last asked; at first, everything. From then on changes are noted."""
+        changed, self._changed = self._changed or RowChanges(has_grown=True), RowChanges()
+        return changed
 
     def clear(self, slot: int) -> None:
         """Empty a slot's line: no rows, no vectors."""
@@ -67,6 +96,7 @@ class RowTable:
         self.count[slot] = 0
         for column in (self.in_scale, self.out_scale, self.bias):
             column[slot] = ABSENT
+        self.note_change(slot)
 
     def sites_of(self, slot: int) -> frozenset[int]:
         """The sites at which this slot changes anything."""

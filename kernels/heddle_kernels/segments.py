@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 BASE_SLOT = -1  # the slot of tokens that use no adapter
 
@@ -35,6 +36,11 @@ class Segments:
     @property
     def num_tokens(self) -> int:
         return self.start[-1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each segment."""
+        return tuple(end - begin for begin, end in pairwise(self.start))
 
     def with_adapters(self) -> Iterator[tuple[int, int, int]]:
         """(begin, end, slot) of every segment that uses an adapter."""

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
-app = typer.Typer(name="bench", help="Measure, on this machine and the embedded base.", no_args_is_help=True)
+from heddle_server.config import ConfigError, DeviceName, KernelsName
+
+app = typer.Typer(name="bench", help="Measure, on this machine.", no_args_is_help=True)
 
 Json = Annotated[Path, typer.Option("--json", help="File for everything that was measured.")]
+JsonIfWanted = Annotated[Path | None, typer.Option("--json", help="File for what the last line says.")]
+Shape = Annotated[
+    str, typer.Option(help="Whose sizes the random weights have: llama-3.1-8b, qwen2.5-7b, …-0.5b, tiny.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Batch = Annotated[int, typer.Option(help="Requests at a time.")]
+Adapters = Annotated[int, typer.Option(help="Adapters, on all linears.")]
+Rank = Annotated[int, typer.Option(help="Of every adapter.")]
+Kernels = Annotated[str, typer.Option(help="auto, reference, compiled or triton: heddle's own operations.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A small form: does it work at all?")]
 
 
 @app.command("adapters")
@@ -24,14 +38,9 @@ def adapters_command(
     Takes about a quarter of an hour, 10 GiB of disk for temporary files (TMPDIR says where) and 8 GiB of memory.
     """
     from heddle_demo.bench.adapters_bench import run_adapters_bench
-    from heddle_demo.bench.machine import TooLittleRoom
-    from heddle_demo.bench.server import BenchFailed
 
-    try:
+    with _failure_as_one_line():
         run_adapters_bench(json, quick=quick)
-    except (BenchFailed, TooLittleRoom) as error:
-        typer.secho(f"heddle: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
 
 
 @app.command("eviction")
@@ -43,13 +52,148 @@ def eviction_command(
 ) -> None:
     """Compare the eviction policies by simulation: bytes loaded again per request."""
     from heddle_demo.bench.eviction_bench import run_eviction_bench
-    from heddle_demo.bench.machine import TooLittleRoom
     from heddle_demo.bench.served_eviction import confirm_on_servers
-    from heddle_demo.bench.server import BenchFailed, end_in_order
+    from heddle_demo.bench.server import end_in_order
 
     end_in_order()
-    try:
+    with _failure_as_one_line():
         run_eviction_bench(json, confirm=confirm_on_servers if served else None)
-    except (BenchFailed, TooLittleRoom) as error:
+
+
+@app.command("serving")
+def serving_command(
+    shape: Shape = "qwen2.5-0.5b",
+    device: Device = "auto",
+    batch: Batch = 8,
+    adapters: Adapters = 8,
+    rank: Rank = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each request.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Each mix by each arm in turn, that many times.")] = 5,
+    mixes: Annotated[str, typer.Option(help="Of base, identical, uniform, skewed, distinct.")] = (
+        "base,identical,distinct"
+    ),
+    against: Annotated[str | None, typer.Option(help="peft: its mixed batches take turns with heddle.")] = None,
+    kernels: Kernels = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of an operation on the CPU, for all arms.")] = None,
+    json: JsonIfWanted = None,
+    quick: Quick = False,
+) -> None:
+    """Whole answers by the engine, by which adapters a batch uses, in turn with PEFT if wanted.
+
+    With --against peft the weights are written to a temporary folder first (TMPDIR says where; 1 GB of a 0.5B shape).
+    """
+    from heddle_demo.bench.failure import BenchFailed
+    from heddle_demo.bench.json_line import print_json_line
+    from heddle_demo.bench.server import end_in_order
+    from heddle_demo.bench.serving_bench import run_serving_bench
+    from heddle_demo.bench.serving_plan import ServingPlan
+
+    end_in_order()
+    with _failure_as_one_line():
+        if against not in (None, "peft"):
+            raise BenchFailed(f"--against knows peft, and not {against}.")
+        plan = ServingPlan(
+            shape=shape,
+            device=_one_of(device, DeviceName),
+            batch=batch,
+            num_adapters=adapters,
+            rank=rank,
+            num_prompt_tokens=prompt_tokens,
+            num_new_tokens=new_tokens,
+            num_rounds=rounds,
+            mixes=tuple(mixes.split(",")),
+            has_peft=against == "peft",
+            kernels=_one_of(kernels, KernelsName),
+            num_threads=threads,
+        )
+        print_json_line(run_serving_bench(plan.quick() if quick else plan, _say), json)
+
+
+@app.command("kernels")
+def kernels_command(
+    shape: Shape = "qwen2.5-0.5b",
+    device: Device = "auto",
+    batch: Annotated[int, typer.Option(help="Of the adapters' rows, at most: 1, 2, 4, … up to this.")] = 64,
+    rank: Annotated[str, typer.Option(help="Of the adapters: 8, 16, 64, mixed, or several with commas.")] = (
+        "8,16,64,mixed"
+    ),
+    kernels: Kernels = "auto",
+    threads: Annotated[int, typer.Option(help="Of an operation on the CPU.")] = 1,
+    json: JsonIfWanted = None,
+    quick: Quick = False,
+) -> None:
+    """A layer's linears and adapter rows, operation by operation, beside other ways and the memory's floor."""
+    from heddle_demo.bench.json_line import print_json_line
+    from heddle_demo.bench.kernel_plan import KernelPlan
+    from heddle_demo.bench.kernels_bench import run_kernels_bench
+
+    with _failure_as_one_line():
+        plan = KernelPlan(
+            shape=shape,
+            device=_one_of(device, DeviceName),
+            kernels=_one_of(kernels, KernelsName),
+            num_threads=threads,
+            ranks=tuple(rank.split(",")),
+        )
+        print_json_line(run_kernels_bench((plan.quick() if quick else plan).up_to(batch), _say), json)
+
+
+@app.command("step")
+def step_command(
+    shape: Shape = "qwen2.5-0.5b",
+    device: Device = "auto",
+    batch: Batch = 8,
+    adapters: Adapters = 8,
+    rank: Rank = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each request.")] = 32,
+    steps: Annotated[int, typer.Option(help="Measured, of each mix.")] = 64,
+    kernels: Kernels = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of an operation on the CPU.")] = None,
+    json: JsonIfWanted = None,
+    quick: Quick = False,
+) -> None:
+    """Where a decode step's time goes: attention, base, adapter rows, host."""
+    from heddle_demo.bench.json_line import print_json_line
+    from heddle_demo.bench.server import end_in_order
+    from heddle_demo.bench.step_bench import run_step_bench
+    from heddle_demo.bench.step_plan import StepPlan
+
+    end_in_order()
+    with _failure_as_one_line():
+        plan = StepPlan(
+            shape=shape,
+            device=_one_of(device, DeviceName),
+            batch=batch,
+            num_adapters=adapters,
+            rank=rank,
+            num_prompt_tokens=prompt_tokens,
+            num_steps=steps,
+            kernels=_one_of(kernels, KernelsName),
+            num_threads=threads,
+        )
+        print_json_line(run_step_bench(plan.quick() if quick else plan, _say), json)
+
+
+@contextmanager
+def _failure_as_one_line() -> Iterator[None]:
+    """What ends a measurement is told without a traceback."""
+    from heddle_demo.bench.failure import BenchFailed
+    from heddle_demo.bench.machine import TooLittleRoom
+
+    try:
+        yield
+    except (BenchFailed, TooLittleRoom, ConfigError) as error:
         typer.secho(f"heddle: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
+
+
+def _one_of(value: str, names: Any) -> Any:
+    """The value itself if it is one of the Literal `names`."""
+    if value not in get_args(names):
+        raise ConfigError(f"there is no {value!r}; choose one of {', '.join(get_args(names))}.")
+    return value
+
+
+def _say(what: str) -> None:
+    typer.secho(f"{what} ...", dim=True, err=True)

@@ -10,7 +10,11 @@ from typing import Literal, get_args
 
 import msgspec
 
-Quantization = Literal["nf4", "none"]
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+LoadFormat = Literal["auto", "dummy"]
+BaseCacheName = Literal["none", "bf16"]
+KernelsName = Literal["auto", "reference", "compiled", "triton"]
+OverlapName = Literal["auto", "on", "off"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 DeviceName = Literal["auto", "cuda", "cpu"]
 EvictionName = Literal["cost", "gdsf", "lru"]
@@ -29,7 +33,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_name: str  # the name the base answers to, beside "base"
     store_path: str  # where adapter content lies, by digest
     quantization: Quantization = "nf4"  # ignored for a checkpoint that is already quantised
-    double_quantization: bool = True  # quantise the block scales too (bitsandbytes' nested statistics)
+    double_quantization: bool = True  # quantise 4-bit weights' block scales too (bitsandbytes' nested statistics)
+    load_format: LoadFormat = "auto"  # dummy = random weights of config.json's shapes, no checkpoint needed
+    base_cache: BaseCacheName = "none"  # bf16 = 4-bit weights are written out once and kept so
+    kernels: KernelsName = "auto"  # which implementation of the operations; auto = by device
+    overlap: OverlapName = "auto"  # plan a step while the one before it runs; auto = on CUDA
     dtype: DtypeName = "auto"  # auto = the checkpoint's own
     device: DeviceName = "auto"  # auto = cuda where there is one
     pool_bytes: int | None = None  # KV pages and adapter rows together; None = from memory_fraction
@@ -46,6 +54,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _one_of("quantization", self.quantization, get_args(Quantization))
+        _one_of("load-format", self.load_format, get_args(LoadFormat))
+        _one_of("base-cache", self.base_cache, get_args(BaseCacheName))
+        _one_of("kernels", self.kernels, get_args(KernelsName))
+        _one_of("overlap", self.overlap, get_args(OverlapName))
         _one_of("dtype", self.dtype, get_args(DtypeName))
         _one_of("device", self.device, get_args(DeviceName))
         _one_of("eviction", self.eviction, get_args(EvictionName))

@@ -73,7 +73,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     max_model_len: int  # tokens of prompt and answer together
     eos_token_ids: tuple[int, ...]
     weights_bytes: int
-    weights_4bit_bytes: int  # the part of weights_bytes held in 4 bit
+    quantized_bytes: int  # the part of weights_bytes that is held quantised, scales included
     pool_bytes: int
     page_bytes: int
     page_tokens: int  # tokens of KV in one page
@@ -149,6 +149,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_segments: int  # over all steps: runs of tokens that share an adapter or the base
     num_computed_tokens: int  # over all steps, prompts and answers together
     step_seconds: float  # spent in steps that computed something
+    host_seconds: float  # of those, outside forwards and sampling: planning, building tensors, handing tokens out
 
 
 class CacheReport(msgspec.Struct, frozen=True, tag=True):

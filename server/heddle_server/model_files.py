@@ -9,10 +9,11 @@ from heddle_server.config import ConfigError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What a causal LM needs; not the same weights again in other formats.
-_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
+_WEIGHTS = ("*.safetensors",)
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, with_weights: bool = True) -> Path:
     """The local directory of `model`; raises `ConfigError` with what was tried."""
     directory = Path(model).expanduser()
     if directory.is_dir():
@@ -21,7 +22,7 @@ def find_model(model: str) -> Path:
         return directory.resolve()
     if not _HUB_ID.fullmatch(model):
         raise ConfigError(f"{model} is no directory, and cannot be a hub id such as Qwen/Qwen2.5-0.5B-Instruct.")
-    return _fetch(model)
+    return _fetch(model, (*_DESCRIPTION, *_WEIGHTS) if with_weights else _DESCRIPTION)
 
 
 def model_name(model: str) -> str:
@@ -30,11 +31,11 @@ def model_name(model: str) -> str:
     return directory.resolve().name if directory.is_dir() else model
 
 
-def _fetch(model: str) -> Path:
+def _fetch(model: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(_PATTERNS)))
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except Exception as error:  # the hub, the network and the disk fail in many ways; all mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -13,11 +13,15 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from heddle_server.config import (
+    BaseCacheName,
     ConfigError,
     DeviceName,
     DtypeName,
     EngineConfig,
     EvictionName,
+    KernelsName,
+    LoadFormat,
+    OverlapName,
     Quantization,
     ServerConfig,
 )
@@ -60,8 +64,21 @@ class ServeOptions:
     ] = None
     quantization: Annotated[Quantization, _option("quantization", "How the base's weights are held.")] = "nf4"
     double_quantization: Annotated[
-        bool, _option("double-quantization/--no-double-quantization", "Quantise NF4's block scales too.")
+        bool, _option("double-quantization/--no-double-quantization", "Quantise the scales of 4-bit weights too.")
     ] = True
+    load_format: Annotated[
+        LoadFormat,
+        _option("load-format", "dummy makes random weights of MODEL's shapes, for measuring without a checkpoint."),
+    ] = "auto"
+    base_cache: Annotated[
+        BaseCacheName, _option("base-cache", "bf16 writes 4-bit weights out once: faster large batches, more memory.")
+    ] = "none"
+    kernels: Annotated[
+        KernelsName, _option("kernels", "Which implementation of the operations runs; auto chooses by device.")
+    ] = "auto"
+    overlap: Annotated[
+        OverlapName, _option("overlap", "Plan a step while the one before it runs; auto does so on CUDA.")
+    ] = "auto"
     dtype: Annotated[DtypeName, _option("dtype", "Compute type; auto is the checkpoint's own.")] = "auto"
     device: Annotated[DeviceName, _option("device", "auto takes CUDA where there is a GPU.")] = "auto"
     pool_bytes: Annotated[
@@ -120,11 +137,15 @@ class ServeOptions:
         """The whole server's settings for `model`, a directory or hub id; raises `ConfigError`."""
         store_path = self.store.expanduser().resolve()
         engine = EngineConfig(
-            model_path=str(find_model(model)),
+            model_path=str(find_model(model, with_weights=self.load_format != "dummy")),
             model_name=self.served_name or model_name(model),
             store_path=str(store_path),
             quantization=self.quantization,
             double_quantization=self.double_quantization,
+            load_format=self.load_format,
+            base_cache=self.base_cache,
+            kernels=self.kernels,
+            overlap=self.overlap,
             dtype=self.dtype,
             device=self.device,
             pool_bytes=self.pool_bytes,

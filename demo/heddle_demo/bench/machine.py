@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import numpy as np
 
 PROBE_BYTES = 256 << 20  # far beyond any cache
 NUM_PROBES = 5
+PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "bitsandbytes", "peft")
+REVISION_VARIABLE = "HEDDLE_REVISION"  # says it where the files are not in a repository
+GIT_SECONDS = 10.0
 
 
 class TooLittleRoom(Exception):
@@ -30,9 +34,18 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "numpy": version("numpy"),
+        **{package: _version(package) for package in PACKAGES},
+        "revision": source_revision(),
     }
+
+
+def source_revision() -> str | None:
+    """The commit of this checkout, "+" behind it where files differ from it; None where that cannot be told."""
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get(REVISION_VARIABLE)
 
 
 def memory_bandwidth() -> float:
@@ -48,6 +61,19 @@ def check_room(folder: Path, disk_bytes: int, memory_bytes: int) -> None:
         raise TooLittleRoom(f"{_gib(disk_bytes)} of disk are needed in {folder} and {_gib(free_bytes)} are free.")
     if _memory_bytes() < memory_bytes:
         raise TooLittleRoom(f"{_gib(memory_bytes)} of memory are needed and this machine has {_gib(_memory_bytes())}.")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS)
+    return result.stdout.strip()
 
 
 def _seconds_to_sum(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:

@@ -6,6 +6,7 @@ them there, without a server and without torch, so that two thousand take second
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from heddle_adapters.adapter_config import CONFIG_FILE
 from heddle_adapters.base_layout import BaseLayout, Site
 from heddle_adapters.checkpoint import read_checkpoint
 from heddle_adapters.store import AdapterStore
@@ -21,6 +23,7 @@ from heddle_adapters.tensor_file import WEIGHTS_FILE, TensorFile
 
 RANKS = (8, 16, 32, 64)  # in turn, so that any number of adapters has them equally often
 WEIGHT_LIMIT = 0.02  # of each weight's size: an effect, and nothing that could overflow in any dtype
+NOISE_LENGTH = (1 << 19) - 1  # a prime: no width divides it, so no two rows are alike
 ROW_DTYPE_BYTES = 2  # rows are kept in the demo base's bfloat16
 
 
@@ -30,6 +33,8 @@ class RandomAdapters:
 
     base: BaseLayout
     seed: int = 0
+    ranks: tuple[int, ...] = RANKS  # in turn
+    weight_limit: float = WEIGHT_LIMIT
 
     def name(self, number: int) -> str:
         return f"random-{number:05d}"
@@ -38,7 +43,7 @@ class RandomAdapters:
         return [self.name(number) for number in range(count)]
 
     def rank(self, number: int) -> int:
-        return RANKS[number % len(RANKS)]
+        return self.ranks[number % len(self.ranks)]
 
     def row_bytes(self, number: int) -> int:
         """What its rows take in a pool, without page ends."""
@@ -70,7 +75,15 @@ class RandomAdapters:
             for site in self.base.sites
             for part, shape in (("lora_A", (rank, site.in_features)), ("lora_B", (site.out_features, rank)))
         }
-        return {name: _weights(random, shape) for name, shape in shapes.items()}
+        noise = _noise(self.seed, self.weight_limit)
+        return {name: _weights(random, shape, noise) for name, shape in shapes.items()}
+
+
+def write_peft_folder(folder: Path, adapters: RandomAdapters, number: int) -> None:
+    """The adapter as PEFT saves one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_bytes(adapters.config(number))
+    save_file(adapters.tensors(number), folder / WEIGHTS_FILE)
 
 
 def fill_store(path: Path, adapters: RandomAdapters, count: int) -> None:
@@ -105,6 +118,14 @@ def linear_layout(model_path: Path) -> BaseLayout:
     return BaseLayout(model_path.name, "sha256:" + "0" * 64, "none", sites)
 
 
-def _weights(random: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float16]:
-    uniform = random.random(shape, dtype=np.float32)
-    return ((uniform * 2 - 1) * np.float32(WEIGHT_LIMIT)).astype(np.float16)
+def _weights(random: np.random.Generator, shape: tuple[int, int], noise: NDArray[np.float16]) -> NDArray[np.float16]:
+    """From somewhere in the noise on, around and around."""
+    start = int(random.integers(len(noise)))
+    return np.resize(np.roll(noise, -start), shape)
+
+
+@functools.cache
+def _noise(seed: int, limit: float) -> NDArray[np.float16]:
+    """Uniform in [-limit, limit). Drawn once: drawing each weight would take an 8B model's adapter a second."""
+    uniform = np.random.default_rng(seed).random(NOISE_LENGTH, dtype=np.float32)
+    return ((uniform * 2 - 1) * np.float32(limit)).astype(np.float16)

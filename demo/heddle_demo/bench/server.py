@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from heddle_demo.bench.counters import Counters
+from heddle_demo.bench.failure import BenchFailed as BenchFailed
 from heddle_demo.data import BASE_DIR, BASE_NAME
 
 READY = re.compile(r"heddle is ready at (?P<address>\S+)")
@@ -26,10 +27,6 @@ REQUEST_SECONDS = 300.0
 SERVER_BYTES = 700 << 20  # of memory, for a server without its pool
 
 T = TypeVar("T")
-
-
-class BenchFailed(Exception):
-    """A server did not start or did not answer: there is nothing to measure."""
 
 
 @dataclass(frozen=True)

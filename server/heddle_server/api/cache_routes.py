@@ -66,6 +66,7 @@ def _counters(stats: EngineStats) -> dict[str, Any]:
         "preemptions": stats.num_preemptions,
         "steps": stats.num_steps,
         "step_seconds": stats.step_seconds,
+        "host_seconds": stats.host_seconds,
         "segments": stats.num_segments,
         "computed_tokens": stats.num_computed_tokens,
     }

@@ -70,6 +70,9 @@ def _requests(stats: EngineStats) -> Iterator[Metric]:
     yield CounterMetricFamily("heddle_engine_steps", "Steps the engine has done.", stats.num_steps)
     yield CounterMetricFamily("heddle_step_seconds", "Time spent in steps that computed something.", stats.step_seconds)
     yield CounterMetricFamily(
+        "heddle_step_host_seconds", "Of that, outside forwards and sampling: planning, tensors.", stats.host_seconds
+    )
+    yield CounterMetricFamily(
         "heddle_computed_tokens", "Tokens computed, of prompts and answers.", stats.num_computed_tokens
     )
     yield CounterMetricFamily(

@@ -181,12 +181,15 @@ def _say_imported(report: ImportReport) -> None:
 
 
 def _say_ready(config: ServerConfig, model: ModelCard, address: str) -> None:
-    rest = model.weights_bytes - model.weights_4bit_bytes
+    rest = f"{format_size(model.weights_bytes - model.quantized_bytes)} in {model.dtype}"
+    quantized = (
+        f"{format_size(model.quantized_bytes)} in {model.layout.quantization}, " if model.quantized_bytes else ""
+    )
     typer.echo(
-        f"memory: base {format_size(model.weights_bytes)} ({format_size(model.weights_4bit_bytes)} in 4 bit, "
-        f"{format_size(rest)} in {model.dtype}), pool {format_size(model.pool_bytes)} for KV cache and adapters: "
-        f"{model.num_pages} pages of {format_size(model.page_bytes)}, room for "
-        f"{model.num_pages * model.page_tokens} tokens, {model.max_model_len} at most in one request, on {model.device}"
+        f"memory: base {format_size(model.weights_bytes)} ({quantized}{rest}), "
+        f"pool {format_size(model.pool_bytes)} for KV cache and adapters: {model.num_pages} pages of "
+        f"{format_size(model.page_bytes)}, room for {model.num_pages * model.page_tokens} tokens, "
+        f"{model.max_model_len} at most in one request, on {model.device}"
     )
     typer.echo(f"heddle is ready at {address}")
     typer.echo(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from heddle_kernels.ops import Ops
 from heddle_kernels.paged_batch import PagedBatch
 
 ATTENTION_NAME = "heddle_paged"
@@ -37,15 +37,14 @@ class PagedAttention:
 
     batch: PagedBatch
     kv: Tensor  # [num_pages, num_layers, 2, page_tokens, num_kv_heads, head_dim]
-    ops: ModuleType
+    ops: Ops
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         kv = self.kv[:, layer]
         self.ops.write_kv(key, value, kv, self.batch)
-        attended: Tensor = self.ops.paged_attention(
+        return self.ops.paged_attention(
             query, kv, self.batch, options.scaling, options.sliding_window, options.softcap, options.sinks
         )
-        return attended
 
 
 @dataclass

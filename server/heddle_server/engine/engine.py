@@ -23,14 +23,16 @@ from heddle_adapters.page_pool import PagePool
 from heddle_adapters.residency import AdapterCapacity, Residency
 from heddle_adapters.row_compiler import RowCompiler
 from heddle_adapters.tier import AdapterMove
-from heddle_kernels.dispatch import select_kernels
+from heddle_kernels.dispatch import BackendUnavailable, Kernels, select_kernels
 from heddle_server.config import PAGE_TOKENS, ConfigError, EngineConfig
+from heddle_server.engine.base_linear import BaseLinears
+from heddle_server.engine.fused_modules import fuse_modules
 from heddle_server.engine.kv_cache import KvCache
-from heddle_server.engine.model_loader import LoadedModel, load_model
-from heddle_server.engine.model_runner import ModelRunner
+from heddle_server.engine.model_loader import LoadedModel, load_model, measure_weights
+from heddle_server.engine.model_runner import LaunchedStep, ModelRunner
 from heddle_server.engine.resources import default_threads, host_cache_bytes, pool_bytes
 from heddle_server.engine.sampler import Sampled
-from heddle_server.engine.scheduler import PoolTooSmall, Scheduler
+from heddle_server.engine.scheduler import Chunk, PoolTooSmall, Scheduler
 from heddle_server.engine.self_test import self_test
 from heddle_server.engine.sequence import Sequence
 from heddle_server.engine.weave import ForwardContext, base_biases, weave
@@ -52,6 +54,8 @@ class AdapterOverflow(AdapterError):
 
 
 Progress = Callable[[str, float, str], None]  # (phase, seconds, detail)
+
+FOUR_BIT = ("nf4", "fp4")
 
 ERROR_CODES: tuple[tuple[type[Exception], str], ...] = (
     (AdapterDamaged, "adapter_damaged"),
@@ -79,24 +83,34 @@ class Engine:
         """
         with _phase("weights", on_progress):
             loaded = load_model(config)
-            context = ForwardContext()
-            sites = weave(loaded.model, context)
-        kernels = select_kernels(loaded.device.type)
-        logger.info("kernels: %s (%s)", kernels.name, kernels.reason)
-        with _phase("self-test", on_progress):
-            self_test(loaded.model, loaded.kv_shape, loaded.dtype, kernels.ops)
         torch.set_num_threads(config.num_threads or default_threads(loaded.weights_bytes))
+        kernels = _select_kernels(config, loaded)
+        ops = kernels.ops
+        with _phase("kernels", on_progress):
+            context = ForwardContext(ops)
+            biases = base_biases(loaded.model)
+            if loaded.dtype != torch.float32:  # who asks for that compares to the last digit: the model's own order stays
+                fuse_modules(loaded.model, ops.elementwise, loaded.dtype, loaded.device)
+            if config.base_cache != "none" and loaded.quantization not in FOUR_BIT:
+                raise ConfigError(
+                    f"--base-cache {config.base_cache} writes out 4-bit weights, and this base's are held in "
+                    f"{loaded.quantization}: leave the option out."
+                )
+            base_linears = BaseLinears(ops, loaded.dtype, keep_dense=config.base_cache == "bf16")
+            sites, groups = weave(loaded.model, loaded.shared_inputs, base_linears, context)
+            ops.prepare(groups, loaded.dtype)
+        with _phase("self-test", on_progress):
+            self_test(loaded.model, loaded.kv_shape, loaded.dtype, ops)
         layout = BaseLayout(config.model_name, loaded.fingerprint, loaded.quantization, sites)
         with _phase("page pool", on_progress):
             page_bytes = loaded.kv_shape.page_bytes(PAGE_TOKENS, loaded.dtype)
             num_pages = pool_bytes(config, loaded.device) // page_bytes
             max_model_len = _max_model_len(config, loaded, num_pages)
-            memory = torch.zeros(num_pages * page_bytes, dtype=torch.uint8, device=loaded.device)
+            memory = torch.zeros((num_pages + 1) * page_bytes, dtype=torch.uint8, device=loaded.device)
             pool = PagePool(num_pages, page_bytes, EvictionOrder(config.eviction))
-        biases = base_biases(loaded.model, sites)
-        rows = DeviceRows(memory, pool, loaded.dtype, layout, biases)
+        rows = DeviceRows(memory[: num_pages * page_bytes], pool, loaded.dtype, layout, biases)
         compiler = RowCompiler(Path(config.store_path), layout, _name_of(loaded.dtype), page_bytes, biases)
-        self._runner = ModelRunner(loaded, context, rows, memory, num_pages, PAGE_TOKENS, kernels)
+        self._runner = ModelRunner(loaded, context, rows, memory, num_pages, PAGE_TOKENS, max_model_len, ops)
         self._pool = pool
         self._kv_cache = KvCache(pool, PAGE_TOKENS)
         self._host = HostTier(host_cache_bytes(config), EvictionOrder(config.eviction))
@@ -113,6 +127,9 @@ class Engine:
         self.num_steps = 0
         self._num_computed_tokens = 0
         self._step_seconds = 0.0
+        self._host_seconds = 0.0
+        self._overlap = config.overlap == "on" or (config.overlap == "auto" and loaded.device.type == "cuda")
+        self._in_flight: LaunchedStep | None = None  # where steps overlap: launched, and not collected
         self.model = _model_card(loaded, layout, max_model_len, num_pages, page_bytes)
 
     @property
@@ -122,7 +139,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. The API process has checked lengths and ranges."""
         assert request.request_id not in self._sequences, f"request {request.request_id} is already here"
-        sequence = Sequence.of(request)
+        sequence = Sequence.of(request, self.model.max_model_len)
         self._sequences[request.request_id] = sequence
         if not 0 < sequence.num_prompt_tokens < self.model.max_model_len:  # admitted by what an earlier engine could
             self._refused.append((sequence, PoolTooSmall(sequence)))
@@ -152,34 +169,63 @@ class Engine:
         return self._residency.take_moves()
 
     def step(self) -> list[TokenOutput]:
-        """Plan, run, sample, advance. Empty when every request waits for an adapter, or none is there."""
+        """Plan and launch a step, then tell the tokens of the one that is done.
+
+        Where steps overlap that is the one before: the host plans while the device computes. Empty when every request
+        waits for an adapter, or none is there.
+        """
+        started, device_seconds = time.monotonic(), self._runner.device_seconds
         plan = self._scheduler.plan()
-        plan.failed += self._refused
+        failed = plan.failed + self._refused
         self._refused = []
-        outputs = [self._fail(sequence, error) for sequence, error in plan.failed]
-        if not plan.chunks:
-            return outputs
+        outputs = [self._fail(sequence, error) for sequence, error in failed]
+        launched = self._launch(plan.chunks, outputs) if plan.chunks else None
+        if self._overlap:
+            self._in_flight, launched = launched, self._in_flight
+        if launched is not None:
+            outputs += self._collect(launched)
+        if plan.chunks or launched is not None:
+            elapsed = time.monotonic() - started
+            self._step_seconds += elapsed
+            self._host_seconds += elapsed - (self._runner.device_seconds - device_seconds)
+        return outputs
+
+    def _launch(self, chunks: list[Chunk], outputs: list[TokenOutput]) -> LaunchedStep | None:
+        """Give the runner a step. If it cannot be computed, its requests end with an error, told in `outputs`."""
         self.num_steps += 1
-        started = time.monotonic()
         try:
-            sampled = self._runner.run(plan.chunks)
+            launched = self._runner.launch(chunks, self._in_flight)
         except Exception as error:
             if self.model.device == "cuda":
                 raise  # after a device error the whole context is unusable
             logger.exception("a step failed; its requests end with an error, the others go on")
-            return outputs + [self._fail(chunk.sequence, error) for chunk in plan.chunks]
-        self._step_seconds += time.monotonic() - started
-        self._num_computed_tokens += sum(chunk.num_tokens for chunk in plan.chunks)
-        for chunk in plan.chunks:
+            outputs += [self._fail(chunk.sequence, error) for chunk in chunks]
+            return None
+        for chunk in launched.chunks:
             chunk.sequence.num_computed += chunk.num_tokens
-            if not chunk.completes:
+            chunk.sequence.num_unread += chunk.completes
+            self._num_computed_tokens += chunk.num_tokens
+        return launched
+
+    def _collect(self, step: LaunchedStep) -> list[TokenOutput]:
+        """Advance the sequences of a step that is done, but for those that have ended in the meantime."""
+        outputs = list[TokenOutput]()
+        for chunk in step.chunks:
+            if not chunk.completes and self._is_here(chunk.sequence):
                 self._kv_cache.remember(chunk.sequence)
-            elif (token := sampled[chunk.sequence.request.request_id]) is None:
-                outputs.append(self._fail(chunk.sequence, self._not_finite(chunk.sequence)))
+        for chunk, token in zip(step.completing, self._runner.read(step), strict=True):
+            sequence = chunk.sequence
+            sequence.num_unread -= 1
+            if not self._is_here(sequence):
+                continue
+            if token is None:
+                outputs.append(self._fail(sequence, self._not_finite(sequence)))
             else:
-                self._kv_cache.remember(chunk.sequence)
-                outputs.append(self._advance(chunk.sequence, token))
+                outputs.append(self._advance(sequence, token))
         return outputs
+
+    def _is_here(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.request.request_id) is sequence
 
     def stats(self) -> EngineStats:
         """Gauges of this moment, counters since the start."""
@@ -216,6 +262,7 @@ class Engine:
             num_segments=self._runner.num_segments,
             num_computed_tokens=self._num_computed_tokens,
             step_seconds=self._step_seconds,
+            host_seconds=self._host_seconds,
         )
 
     def describe_cache(self, query_id: int) -> CacheReport:
@@ -234,6 +281,7 @@ class Engine:
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
         """Append the new token; end the sequence where it ends."""
         sequence.token_ids.append(sampled.token_id)
+        self._kv_cache.remember(sequence)
         finish_reason = self._finish_reason(sequence)
         if finish_reason is not None:
             del self._sequences[sequence.request.request_id]
@@ -251,8 +299,7 @@ class Engine:
         sampling, last = sequence.request.sampling, sequence.token_ids[-1]
         if last in sampling.stop_token_ids or (last in self.model.eos_token_ids and not sampling.ignore_eos):
             return "stop"
-        is_full = sequence.num_tokens >= self.model.max_model_len
-        return "length" if is_full or sequence.num_generated >= sampling.max_tokens else None
+        return "length" if len(sequence.token_ids) >= sequence.max_num_tokens else None
 
     def _not_finite(self, sequence: Sequence) -> Exception:
         if not sequence.request.adapters:
@@ -283,6 +330,15 @@ def _admission(sequence: Sequence) -> AdmissionReport:
     return AdmissionReport(sequence.tier, sequence.load_seconds, sequence.started_at - sequence.arrived_at)
 
 
+def _select_kernels(config: EngineConfig, loaded: LoadedModel) -> Kernels:
+    try:
+        kernels = select_kernels(loaded.device, loaded.dtype, config.kernels)
+    except BackendUnavailable as error:
+        raise ConfigError(f"--kernels {error}.") from error
+    logger.info("kernels: %s (%s)", kernels.name, kernels.reason)
+    return kernels
+
+
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -304,6 +360,7 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: int) ->
 def _model_card(
     loaded: LoadedModel, layout: BaseLayout, max_model_len: int, num_pages: int, page_bytes: int
 ) -> ModelCard:
+    weights_bytes, quantized_bytes = measure_weights(loaded.model)  # as woven: joined, repacked, or kept twice
     return ModelCard(
         layout=layout,
         dtype=_name_of(loaded.dtype),
@@ -311,8 +368,8 @@ def _model_card(
         vocabulary_size=loaded.model.get_input_embeddings().weight.shape[0],
         max_model_len=max_model_len,
         eos_token_ids=loaded.eos_token_ids,
-        weights_bytes=loaded.weights_bytes,
-        weights_4bit_bytes=loaded.weights_4bit_bytes,
+        weights_bytes=weights_bytes,
+        quantized_bytes=quantized_bytes,
         pool_bytes=num_pages * page_bytes,
         page_bytes=page_bytes,
         page_tokens=PAGE_TOKENS,

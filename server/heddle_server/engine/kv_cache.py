@@ -11,7 +11,7 @@ from functools import partial
 from hashlib import sha256
 
 from heddle_adapters.page_pool import PagePool
-from heddle_server.engine.sequence import Sequence
+from heddle_server.engine.sequence import Sequence, empty_pages
 from heddle_server.request import Request
 
 # What computing a page again costs, beside copying as many bytes from host memory. Of an 8B model on an H200, 16 tokens
@@ -73,7 +73,7 @@ class KvCache:
         """Pages for the first `num_tokens` tokens. Raises OutOfSpace, taking none."""
         missing = self.pages_for(num_tokens) - len(sequence.pages)
         if missing > 0:
-            sequence.pages += self._pool.allocate(missing)
+            sequence.pages.extend(self._pool.allocate(missing))
 
     def remember(self, sequence: Sequence) -> None:
         """Enter the pages that the last step has filled into the cache."""
@@ -99,7 +99,7 @@ class KvCache:
                 self._pool.eviction.touch(key)  # even if another sequence's page was entered under it
             if page in self._key_of_page and self._pool.references(page) == 1:
                 self._offer(page, self._key_of_page[page])
-        sequence.pages = []
+        sequence.pages = empty_pages()
         sequence.num_computed = sequence.num_entered = 0
 
     def check_integrity(self, sequences: list[Sequence]) -> None:
@@ -117,7 +117,7 @@ class KvCache:
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Pages of the longest cached prefix that leaves at least one token to compute."""
-        self._extend_keys(sequence, sequence.num_tokens)
+        self._extend_keys(sequence, len(sequence.token_ids))
         usable = (sequence.num_tokens - 1) // self._page_tokens
         pages: list[int] = []
         for key in sequence.page_keys[:usable]:

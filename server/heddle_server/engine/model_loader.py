@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar
 
 from heddle_server.config import ConfigError, EngineConfig
-from heddle_server.engine.attention import ATTENTION_NAME, AttentionProbe, register_attention
+from heddle_server.engine.attention import ATTENTION_NAME, register_attention
+from heddle_server.engine.dummy_weights import SEED, make_dummy_model
+from heddle_server.engine.probe import KvShape, probe
 
 logger = logging.getLogger(__name__)
 
@@ -27,31 +30,20 @@ NUM_SAMPLES = 64  # per weights file; a smaller file is hashed whole
 
 
 @dataclass(frozen=True)
-class KvShape:
-    """The keys and values of one token."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-    def page_bytes(self, page_tokens: int, dtype: torch.dtype) -> int:
-        return self.num_layers * 2 * page_tokens * self.num_kv_heads * self.head_dim * dtype.itemsize
-
-
-@dataclass(frozen=True)
 class LoadedModel:
     """A base ready to be woven."""
 
     model: PreTrainedModel
     device: torch.device
     dtype: torch.dtype
-    quantization: str  # "nf4", "none", or what a quantised checkpoint came with
-    fingerprint: str  # "sha256:<hex>"
+    quantization: str  # "nf4", "fp4", "int8", "none", or what a quantised checkpoint came with
+    fingerprint: str  # "sha256:<hex>", or "dummy:<hex>"
     kv_shape: KvShape
+    shared_inputs: tuple[tuple[str, ...], ...]  # paths of linears that read the same tensor, as `probe` found them
     eos_token_ids: tuple[int, ...]
     context_length: int  # the model's own limit
     weights_bytes: int
-    weights_4bit_bytes: int
+    quantized_bytes: int  # of weights_bytes, what is held quantised
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -62,31 +54,42 @@ def load_model(config: EngineConfig) -> LoadedModel:
     dtype = choose_dtype(config.dtype, model_config)
     register_attention()
     disable_progress_bar()
-    model = load_weights(
-        path,
-        dtype=dtype,
-        attn_implementation=ATTENTION_NAME,
-        device_map={"": device},
-        **quantization_of(config, model_config, dtype),
-    )
+    is_dummy = config.load_format == "dummy"
+    if is_dummy:
+        logger.warning("the base's weights are random (--load-format dummy): its answers are noise")
+        model_config.quantization_config = None  # quantised as asked, whatever the real checkpoint is
+        model = make_dummy_model(model_config, quantization_of(config, dtype), dtype, device, ATTENTION_NAME)
+    else:
+        own_quantization = own_quantization_name(model_config)
+        warn_of_another_quantization(config.quantization, own_quantization)
+        model = load_weights(
+            path,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            device_map={"": device},
+            quantization=None if own_quantization else quantization_of(config, dtype),
+        )
     model.eval()
     model.requires_grad_(False)
     context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     fix_rope(model, min(config.max_model_len or context_length, context_length))
     choose_4bit_path(model, dtype)
-    quantization = quantization_name(model)
-    weights_bytes, weights_4bit_bytes = measure_weights(model)
+    quantise_rows_alone(model)
+    quantization = own_quantization_name(model.config) or "none"
+    probed = probe(model)
+    weights_bytes, quantized_bytes = measure_weights(model)
     return LoadedModel(
         model=model,
         device=device,
         dtype=dtype,
         quantization=quantization,
-        fingerprint=fingerprint(path, quantization),
-        kv_shape=probe_kv_shape(model),
+        fingerprint=fingerprint(path, quantization) if not is_dummy else dummy_fingerprint(path, quantization),
+        kv_shape=probed.kv_shape,
+        shared_inputs=probed.shared_inputs,
         eos_token_ids=eos_token_ids(path, model),
         context_length=context_length,
         weights_bytes=weights_bytes,
-        weights_4bit_bytes=weights_4bit_bytes,
+        quantized_bytes=quantized_bytes,
     )
 
 
@@ -110,17 +113,23 @@ def choose_dtype(wanted: str, model_config: Any) -> torch.dtype:
     return DTYPES[wanted]
 
 
-def load_weights(path: Path, **options: Any) -> PreTrainedModel:
+def load_weights(path: Path, quantization: BitsAndBytesConfig | None, **options: Any) -> PreTrainedModel:
     """The model with every weight from its checkpoint: transformers alone would fill gaps with random numbers.
 
     Raises ConfigError when it cannot be loaded this way, or not wholly.
     """
+    if quantization is not None:  # None itself would strip a quantised checkpoint of its own
+        options["quantization_config"] = quantization
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, output_loading_info=True, **options
         )
     except ValueError as error:  # transformers' own words for a model it cannot load this way
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {error}") from error
+    except OSError as error:  # the same, for one without weights, or with files that cannot be read
+        raise ConfigError(
+            f"{path} has no weights that can be loaded: {error}. --load-format dummy makes random ones, for measuring."
+        ) from error
     absent = [*report["missing_keys"], *(str(entry) for entry in report["mismatched_keys"])]
     if absent:
         raise ConfigError(
@@ -130,26 +139,40 @@ def load_weights(path: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def quantization_of(config: EngineConfig, model_config: Any, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
-    """How transformers is to quantise on load; nothing for a checkpoint that is quantised already, or not at all."""
-    if getattr(model_config, "quantization_config", None) is not None or config.quantization == "none":
-        return {}
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quantization,
-            bnb_4bit_use_double_quant=config.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    }
+def quantization_of(config: EngineConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How plain weights are to be quantised on load; None for not at all."""
+    if config.quantization == "none":
+        return None
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization,
+        bnb_4bit_use_double_quant=config.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
-def quantization_name(model: PreTrainedModel) -> str:
-    quantization = getattr(model.config, "quantization_config", None)
+def own_quantization_name(model_config: Any) -> str | None:
+    """What a checkpoint's, or a loaded model's, weights are quantised to; None for not at all."""
+    quantization = getattr(model_config, "quantization_config", None)
     if quantization is None:
-        return "none"
+        return None
     described = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if described.get("load_in_8bit"):
+        return "int8"
     return str(described.get("bnb_4bit_quant_type") or described.get("quant_method"))
+
+
+def warn_of_another_quantization(wanted: str, own: str | None) -> None:
+    """Where --quantization cannot be obeyed. "nf4" is also what nobody asked for, so of that nothing is said."""
+    if own is not None and wanted not in (own, "nf4"):
+        logger.warning(
+            "the checkpoint is quantised to %s already and is served as it is; --quantization %s is ignored: "
+            "it needs the unquantised checkpoint",
+            own,
+            wanted,
+        )
 
 
 def fix_rope(model: nn.Module, max_model_len: int) -> None:
@@ -190,31 +213,25 @@ def choose_4bit_path(model: nn.Module, dtype: torch.dtype) -> None:
     """
     module: Any
     for module in model.modules():
-        if (quant_state := getattr(getattr(module, "weight", None), "quant_state", None)) is None:
+        if not isinstance(module, Linear4bit):
             continue
         if dtype == torch.float32:
-            quant_state.dtype = torch.float32
+            module.weight.quant_state.dtype = torch.float32
         if dtype == torch.float32 or module.in_features % 64 or module.out_features % 32:
             module.support_avx512bf16_for_cpu = False
 
 
-@torch.inference_mode()
-def probe_kv_shape(model: PreTrainedModel) -> KvShape:
-    """What the layers really send to attention, from a first forward of one token; it warms the model up as well.
+def quantise_rows_alone(model: nn.Module) -> None:
+    """Make int8 activations a matter of their own row.
 
-    Raises ConfigError when not every layer passes through transformers' attention interface, or they differ.
+    Above a threshold, LLM.int8 computes a whole column of the batch in 16 bit for the sake of one row's outlier: one
+    request would change another's answer. Quantised checkpoints come with such a threshold.
     """
-    probe = AttentionProbe()
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    model(input_ids=zero, position_ids=zero, use_cache=False, heddle_attention=probe)
-    num_layers = model.config.get_text_config().num_hidden_layers
-    if sorted(probe.shapes) != list(range(num_layers)) or len(set(probe.shapes.values())) != 1:
-        raise ConfigError(
-            f"{type(model).__name__} sends {len(probe.shapes)} of its {num_layers} layers through transformers' "
-            f"attention interface, with key shapes {sorted(set(probe.shapes.values()))}; heddle serves models that "
-            "send all of them, in one shape."
-        )
-    return KvShape(num_layers, *probe.shapes[0])
+    layers = [module for module in model.modules() if isinstance(module, Linear8bitLt)]
+    for layer in layers:
+        layer.state.threshold = 0.0
+    if layers:  # it warns in every layer of every step that activations pass through float16 on their way to int8
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def eos_token_ids(path: Path, model: PreTrainedModel) -> tuple[int, ...]:
@@ -226,14 +243,26 @@ def eos_token_ids(path: Path, model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def measure_weights(model: PreTrainedModel) -> tuple[int, int]:
-    """Bytes of all weights, and of the part that is held in 4 bit."""
-    total = four_bit = 0
+    """Bytes of all weights, and of those that are held quantised, their scales included."""
+    total = quantized = 0
     for parameter in model.parameters():
-        size = parameter.numel() * parameter.element_size()
+        size = parameter.nbytes + (scales := scale_bytes(parameter))
         total += size
-        if getattr(parameter, "quant_state", None) is not None:
-            four_bit += size
-    return total, four_bit
+        quantized += size if scales else 0
+    for module in model.modules():  # what our own layers hold beside their parameters
+        quantized += (size := int(getattr(module, "quantized_bytes", 0)))
+        total += size + int(getattr(module, "dense_bytes", 0))
+    return total, quantized
+
+
+def scale_bytes(parameter: Any) -> int:
+    """Of the scales that belong to a quantised weight; 0 for any other."""
+    if parameter.dtype == torch.int8:
+        return int(4 * parameter.shape[0])  # one float32 a row
+    if (quant_state := getattr(parameter, "quant_state", None)) is None:
+        return 0
+    nested = getattr(quant_state, "state2", None)  # gone once the fused CPU path has repacked the weight
+    return int(quant_state.absmax.nbytes + (nested.absmax.nbytes if nested is not None else 0))
 
 
 def fingerprint(path: Path, quantization: str) -> str:
@@ -252,3 +281,11 @@ def fingerprint(path: Path, quantization: str) -> str:
                 stream.seek(begin)
                 digest.update(stream.read(SAMPLE_BYTES))
     return f"sha256:{digest.hexdigest()}"
+
+
+def dummy_fingerprint(path: Path, quantization: str) -> str:
+    """Of random weights: the shapes, the seed and the quantisation. No real base has it."""
+    described = {"format": 1, "quantization": quantization, "seed": SEED}
+    digest = hashlib.sha256(json.dumps(described).encode())
+    digest.update((path / "config.json").read_bytes())
+    return f"dummy:{digest.hexdigest()}"

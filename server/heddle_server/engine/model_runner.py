@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from heddle_adapters.device_rows import DeviceRows
-from heddle_kernels.dispatch import Kernels
-from heddle_kernels.paged_batch import PagedBatch
+from heddle_adapters.device_rows import DeviceRows, LineSummary
+from heddle_kernels.ops import Ops
 from heddle_kernels.segments import BASE_SLOT, Segments
+from heddle_kernels.triton_kernels.row_plan import PlanCapacity
 from heddle_server.engine.attention import PagedAttention
+from heddle_server.engine.decode_graphs import DecodeGraphs, DecodeStep
 from heddle_server.engine.model_loader import LoadedModel
-from heddle_server.engine.sampler import Sampled, sample
+from heddle_server.engine.sampler import Draw, Sampled, draw
 from heddle_server.engine.scheduler import Chunk
+from heddle_server.engine.step_inputs import StepInputs
 from heddle_server.engine.weave import AdapterBatch, ForwardContext
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that the device has been given; its tokens can be read when it is done."""
+
+    chunks: list[Chunk]  # in batch order
+    completing: list[Chunk]  # of those, the ones a token was sampled for
+    tokens: Draw  # one for each of `completing`
 
 
 class ModelRunner:
@@ -29,91 +43,145 @@ class ModelRunner:
         memory: Tensor,
         num_pages: int,
         page_tokens: int,
-        kernels: Kernels,
+        max_model_len: int,
+        ops: Ops,
     ) -> None:
-        """`memory` is the pool's storage, uint8 [num_pages * page_bytes]."""
+        """`memory` is the pool's storage and one page more, which belongs to nobody: uint8 [pages * page_bytes]."""
         shape = loaded.kv_shape
         self._model = loaded.model
         self._device = loaded.device
         self._context = context
         self._rows = rows
-        self._ops = kernels.ops
+        self._ops = ops
         self._page_tokens = page_tokens
         self.num_segments = 0  # over all steps
+        self.forward_seconds = 0.0  # over all steps; on CUDA, until the forward was given to the device
+        self.sample_seconds = 0.0  # over all steps, waiting for the device included
         self._kv = memory.view(loaded.dtype).view(
-            num_pages, shape.num_layers, 2, page_tokens, shape.num_kv_heads, shape.head_dim
+            num_pages + 1, shape.num_layers, 2, page_tokens, shape.num_kv_heads, shape.head_dim
         )
+        self._graphs: DecodeGraphs | None = None
+        if hasattr(ops, "plan_rows_into"):
+            self._graphs = DecodeGraphs(
+                self._forward,
+                StaticPlans(ops, rows),
+                max_pages=-(-max_model_len // page_tokens),
+                spare_slot=num_pages * page_tokens,
+                capture=loaded.device.type == "cuda",
+            )
 
-    def run(self, chunks: list[Chunk]) -> dict[int, Sampled | None]:
-        """Compute the chunks; by request id, the new token of each chunk that completes its sequence.
+    @property
+    def device_seconds(self) -> float:
+        """Time in forwards and sampling; on CUDA, giving them to the device and waiting for it."""
+        return self.forward_seconds + self.sample_seconds
 
-        None where the logits are not finite.
-        """
+    def launch(self, chunks: list[Chunk], previous: LaunchedStep | None = None) -> LaunchedStep:
+        """Give the device a step. `previous` is the one before it, when not all of its tokens have been read."""
         ordered = sorted(chunks, key=_slot)
-        ends = list(accumulate(chunk.num_tokens for chunk in ordered))
-        completing = [(chunk, end - 1) for chunk, end in zip(ordered, ends, strict=True) if chunk.completes]
-        logits = self._forward(ordered, ends, completing)
-        sequences = [chunk.sequence for chunk, _ in completing]
-        sampled = sample(
+        completing = [chunk for chunk in ordered if chunk.completes]
+        inputs = StepInputs.of(ordered, self._page_tokens, self._device, previous.completing if previous else ())
+        if previous is not None and len(inputs.unread_rows):
+            inputs.token_ids[inputs.unread_rows] = previous.tokens.token_ids[inputs.unread_sources]
+        batch = self._batch(ordered)
+        started = time.monotonic()
+        logits = self._logits(inputs, ordered, completing, batch)
+        forwarded = time.monotonic()
+        sequences = [chunk.sequence for chunk in completing]
+        tokens = draw(
             logits[: len(completing)],
             [sequence.request.sampling for sequence in sequences],
             [sequence.num_tokens for sequence in sequences],
         )
-        return {sequence.request.request_id: token for sequence, token in zip(sequences, sampled, strict=True)}
+        self.forward_seconds += forwarded - started
+        self.sample_seconds += time.monotonic() - forwarded
+        return LaunchedStep(ordered, completing, tokens)
+
+    def read(self, step: LaunchedStep) -> list[Sampled | None]:
+        """A token for each of `step.completing`, None where the logits are not finite. Waits for the device."""
+        started = time.monotonic()
+        sampled = step.tokens.read()
+        self.sample_seconds += time.monotonic() - started
+        return sampled
+
+    def _logits(self, inputs: StepInputs, chunks: list[Chunk], completing: list[Chunk], batch: BatchLines) -> Tensor:
+        """[at least num completing, vocabulary], by a captured graph where one fits."""
+        if self._graphs is not None and inputs.paged.is_decode and len(completing) == len(chunks):
+            scaled = batch.scaled_input_sites if batch.has_adapters else None
+            logits = self._graphs.run(DecodeStep(inputs, batch.segments, scaled))
+            if logits is not None:
+                return logits
+        return self._forward(inputs, self._adapter_batch(chunks, completing, batch))
 
     @torch.inference_mode()
-    def _forward(self, chunks: list[Chunk], ends: list[int], completing: list[tuple[Chunk, int]]) -> Tensor:
-        """Logits [max(1, num completing), vocabulary] of the last tokens of completing chunks."""
-        positions = [self._positions(chunk) for chunk in chunks]
-        token_ids = [
-            token for c, p in zip(chunks, positions, strict=True) for token in c.sequence.token_ids[p.start : p.stop]
-        ]
-        last_rows = [row for _, row in completing] or [0]  # the head is never asked for nothing
-        head_slots = [(_slot(chunk), 1) for chunk, _ in completing] or [(_slot(chunks[0]), 1)]
-        adapters = self._adapter_batch(
-            Segments.from_runs((_slot(chunk), chunk.num_tokens) for chunk in chunks), Segments.from_runs(head_slots)
-        )
+    def _forward(self, inputs: StepInputs, adapters: AdapterBatch | None) -> Tensor:
+        """Logits [num_logits, vocabulary]."""
         with self._context.using(adapters):
             logits: Tensor = self._model(
-                input_ids=self._tensor(token_ids)[None],
-                position_ids=self._tensor([position for p in positions for position in p])[None],
+                input_ids=inputs.token_ids[None],
+                position_ids=inputs.positions[None],
                 use_cache=False,
-                logits_to_keep=self._tensor(last_rows),
-                heddle_attention=PagedAttention(self._paged_batch(chunks, ends, positions), self._kv, self._ops),
+                logits_to_keep=inputs.logit_rows,
+                heddle_attention=PagedAttention(inputs.paged, self._kv, self._ops),
             ).logits[0]
         return logits
 
-    def _adapter_batch(self, segments: Segments, head_segments: Segments) -> AdapterBatch | None:
-        """None for a base-only batch: no adapter code runs at all."""
+    def _batch(self, chunks: list[Chunk]) -> BatchLines:
+        segments = Segments.from_runs((_slot(chunk), chunk.num_tokens) for chunk in chunks)
         self.num_segments += len(segments.slot)
-        slots = {slot for slot in segments.slot if slot != BASE_SLOT}
-        if not slots:
-            return None
-        touched = frozenset[int]().union(*(self._rows.sites_of(slot) for slot in slots))
-        return AdapterBatch(segments, head_segments, touched, self._rows, self._ops)
+        return BatchLines(segments, [self._rows.line_of(slot) for slot in set(segments.slot) - {BASE_SLOT}])
 
-    def _paged_batch(self, chunks: list[Chunk], ends: list[int], positions: list[range]) -> PagedBatch:
-        pages = [chunk.sequence.pages for chunk in chunks]
-        size = self._page_tokens
-        return PagedBatch(
-            query_start=(0, *ends),
-            length=tuple(p.stop for p in positions),
-            pages=tuple(self._tensor(held[: -(-p.stop // size)]) for held, p in zip(pages, positions, strict=True)),
-            write_page=self._tensor(
-                [held[position // size] for held, p in zip(pages, positions, strict=True) for position in p]
-            ),
-            write_offset=self._tensor([position % size for p in positions for position in p]),
+    def _adapter_batch(self, chunks: list[Chunk], completing: list[Chunk], batch: BatchLines) -> AdapterBatch | None:
+        """None for a base-only batch: no adapter code runs at all."""
+        if not batch.has_adapters:
+            return None
+        head_segments = Segments.from_runs((_slot(chunk), 1) for chunk in completing or chunks[:1])
+        rows, plan_rows = self._rows, self._ops.plan_rows
+        return AdapterBatch(
+            plan=plan_rows(rows.rows, rows.vectors, rows.table, batch.segments),
+            head_plan=plan_rows(rows.rows, rows.vectors, rows.table, head_segments),
+            touched_sites=_union(line.touched_sites for line in batch.lines),
+            scaled_input_sites=batch.scaled_input_sites,
         )
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    @staticmethod
-    def _positions(chunk: Chunk) -> range:
-        return range(chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_tokens)
+@dataclass(frozen=True)
+class BatchLines:
+    """Which adapters a step's tokens use, and where these change anything."""
+
+    segments: Segments
+    lines: list[LineSummary]  # of every adapter in the batch
+
+    @property
+    def has_adapters(self) -> bool:
+        return bool(self.lines)
+
+    @property
+    def scaled_input_sites(self) -> frozenset[int]:
+        return _union(line.scaled_input_sites for line in self.lines)
+
+
+class StaticPlans:
+    """Plans for captured graphs, out of this engine's row table."""
+
+    def __init__(self, ops: Any, rows: DeviceRows) -> None:
+        self._ops = ops
+        self._rows = rows
+
+    @property
+    def generation(self) -> int:
+        generation: int = self._ops.table_generation
+        return generation
+
+    def into(self, words: Tensor, segments: Segments, capacity: PlanCapacity) -> Any:
+        rows = self._rows
+        return self._ops.plan_rows_into(words, rows.rows, rows.vectors, rows.table, segments, capacity)
 
 
 def _slot(chunk: Chunk) -> int:
     slot = chunk.sequence.slot
     assert slot is not None, "a planned sequence has a slot"
     return slot
+
+
+def _union(sets: Iterable[frozenset[int]]) -> frozenset[int]:
+    return frozenset[int]().union(*sets)

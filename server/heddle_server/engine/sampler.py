@@ -22,8 +22,50 @@ class Sampled:
     logprobs: TokenLogprobs | None
 
 
-def sample(logits: Tensor, sampling: list[SamplingParams], positions: list[int]) -> list[Sampled | None]:
-    """One token for each row; None for a row that holds NaN or infinity, from which nothing can be drawn.
+class Draw:
+    """One new token for each row of logits: on the device at once, on the host when it is asked for."""
+
+    def __init__(self, token_ids: Tensor, is_sound: Tensor, logprobs: dict[int, HostCopy]) -> None:
+        """token_ids [num_rows] int64, is_sound [num_rows] bool; logprobs by row, see `_logprobs`."""
+        self.token_ids = token_ids
+        self._copy = HostCopy(torch.stack([token_ids, is_sound.long()]))
+        self._logprobs = logprobs
+
+    def read(self) -> list[Sampled | None]:
+        """Waits for the device; None for a row from which nothing could be drawn."""
+        token_ids, is_sound = self._copy.read().tolist()
+        return [
+            Sampled(token_id, self._described(row)) if sound else None
+            for row, (token_id, sound) in enumerate(zip(token_ids, is_sound, strict=True))
+        ]
+
+    def _described(self, row: int) -> TokenLogprobs | None:
+        if row not in self._logprobs:
+            return None
+        (chosen, *values), (_, *ids) = self._logprobs[row].read().tolist()
+        return TokenLogprobs(chosen, tuple(zip(map(int, ids), values, strict=True)))
+
+
+class HostCopy:
+    """A small tensor on its way to the host, which need not wait for what the device is given after it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        if not tensor.is_cuda:
+            self._host, self._is_there = tensor, None
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._is_there.record()
+
+    def read(self) -> Tensor:
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        return self._host
+
+
+def draw(logits: Tensor, sampling: list[SamplingParams], positions: list[int]) -> Draw:
+    """Choose a token for each row; nothing for a row that holds NaN or infinity.
 
     logits [num_rows, vocabulary]; positions: the new token's index in its sequence.
     """
@@ -35,12 +77,7 @@ def sample(logits: Tensor, sampling: list[SamplingParams], positions: list[int])
     if drawn:
         uniforms = [uniform(sampling[row].seed, positions[row]) for row in drawn]
         chosen[drawn] = _draw(logits[drawn], [sampling[row] for row in drawn], uniforms)
-    token_ids = chosen.tolist()
-    described = _logprobs(logits, token_ids, sampling)
-    return [
-        Sampled(token_id, described.get(row)) if sound else None
-        for row, (token_id, sound) in enumerate(zip(token_ids, is_sound.tolist(), strict=True))
-    ]
+    return Draw(chosen, is_sound, _logprobs(logits, chosen, sampling))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -72,13 +109,15 @@ def _draw(logits: Tensor, sampling: list[SamplingParams], uniforms: list[float])
     return order.gather(-1, picked.minimum(last_kept)).flatten()
 
 
-def _logprobs(logits: Tensor, token_ids: list[int], sampling: list[SamplingParams]) -> dict[int, TokenLogprobs]:
-    """By row, for the rows that ask; from the logits before temperature."""
-    asking = [(row, wanted) for row, params in enumerate(sampling) if (wanted := params.num_logprobs) is not None]
-    described = {}
-    for row, num_logprobs in asking:
+def _logprobs(logits: Tensor, token_ids: Tensor, sampling: list[SamplingParams]) -> dict[int, HostCopy]:
+    """By row, for the rows that ask, from the logits before temperature: float64 [2, 1 + num_logprobs], logprobs and
+    their token ids, the chosen token's first."""
+    copies = dict[int, HostCopy]()
+    for row, params in enumerate(sampling):
+        if (wanted := params.num_logprobs) is None:
+            continue
         logprobs = torch.log_softmax(logits[row], dim=-1)
-        values, ids = logprobs.topk(min(num_logprobs, logprobs.shape[0]))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        described[row] = TokenLogprobs(logprobs[token_ids[row]].item(), top)
-    return described
+        values, ids = logprobs.topk(min(wanted, logprobs.shape[0]))
+        ids = torch.cat([token_ids[row : row + 1], ids])
+        copies[row] = HostCopy(torch.stack([torch.cat([logprobs[ids[:1]], values]).double(), ids.double()]))
+    return copies

@@ -104,7 +104,7 @@ class Scheduler:
         self._residency.advance()
         budget = self._max_batch_tokens
         for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
-            if budget and sequence in self.running:  # an earlier one may have pushed it out
+            if budget and not sequence.is_full and sequence in self.running:  # an earlier one may have pushed it out
                 budget -= self._continue(sequence, budget, plan)
         self._admit(budget, plan)
         self._residency.let_go()
@@ -180,6 +180,8 @@ class Scheduler:
 
     def _try(self, sequence: Sequence, admission: Admission) -> None:
         """Start it, or have its adapter brought nearer; what fails in that is this request's failure, nobody else's."""
+        if sequence.num_unread:  # put back a moment ago: its last token is not known yet
+            return
         if self._is_full(admission) and self._residency.are_here(sequence.request.adapters):
             return
         try:

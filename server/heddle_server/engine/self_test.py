@@ -6,16 +6,15 @@ its own). Such a model would answer wrongly, or with its neighbour's words; here
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from heddle_kernels.ops import Ops
 from heddle_kernels.paged_batch import PagedBatch
 from heddle_server.config import PAGE_TOKENS, ConfigError
 from heddle_server.engine.attention import ATTENTION_NAME, PagedAttention
-from heddle_server.engine.model_loader import KvShape
+from heddle_server.engine.probe import KvShape
 
 NUM_TOKENS = 2 * PAGE_TOKENS + 5  # of each of the two sequences: two full pages and a beginning
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -26,7 +25,7 @@ MAX_STRAY_TOKENS = 2
 
 
 @torch.inference_mode()
-def self_test(model: PreTrainedModel, shape: KvShape, dtype: torch.dtype, ops: ModuleType) -> None:
+def self_test(model: PreTrainedModel, shape: KvShape, dtype: torch.dtype, ops: Ops) -> None:
     """Raises ConfigError when this model's answers would be wrong, or depend on other requests."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ())
@@ -62,20 +61,21 @@ def _own_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def _paged_logits(
-    model: PreTrainedModel, shape: KvShape, dtype: torch.dtype, ops: ModuleType, neighbour: Tensor, tokens: Tensor
+    model: PreTrainedModel, shape: KvShape, dtype: torch.dtype, ops: Ops, neighbour: Tensor, tokens: Tensor
 ) -> Tensor:
     """Of `tokens` behind `neighbour` in one flat batch: [NUM_TOKENS, vocabulary]."""
     num_pages = -(-NUM_TOKENS // PAGE_TOKENS)
     kv_size = (2 * num_pages, shape.num_layers, 2, PAGE_TOKENS, shape.num_kv_heads, shape.head_dim)
-    pages = torch.arange(2 * num_pages, device=model.device)
+    pages = torch.arange(2 * num_pages, dtype=torch.int32, device=model.device)
     positions = torch.arange(NUM_TOKENS, device=model.device)
     both = positions.repeat(2)
     batch = PagedBatch(
-        query_start=(0, NUM_TOKENS, 2 * NUM_TOKENS),
-        length=(NUM_TOKENS, NUM_TOKENS),
-        pages=(pages[:num_pages], pages[num_pages:]),
-        write_page=torch.cat([positions // PAGE_TOKENS, num_pages + positions // PAGE_TOKENS]),
-        write_offset=both % PAGE_TOKENS,
+        query_start=torch.tensor([0, NUM_TOKENS, 2 * NUM_TOKENS], dtype=torch.int32, device=model.device),
+        length=torch.tensor([NUM_TOKENS, NUM_TOKENS], dtype=torch.int32, device=model.device),
+        page_table=pages.view(2, num_pages),
+        write_slot=torch.cat([positions, num_pages * PAGE_TOKENS + positions]),
+        query_bounds=(0, NUM_TOKENS, 2 * NUM_TOKENS),
+        lengths=(NUM_TOKENS, NUM_TOKENS),
     )
     attention = PagedAttention(batch, torch.zeros(kv_size, dtype=dtype, device=model.device), ops)
     output = model(

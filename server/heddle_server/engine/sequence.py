@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from dataclasses import dataclass, field
 
 from heddle_adapters.tier import Tier
 from heddle_server.request import Request
+
+
+def empty_pages() -> array[int]:
+    """Page numbers as 32-bit integers, which the model runner reads without converting them."""
+    return array("i")
 
 
 @dataclass(eq=False)  # two requests are never the same one
@@ -13,9 +20,11 @@ class Sequence:
     """Prompt and answer of one request. Changed by the scheduler and the engine only."""
 
     request: Request
-    token_ids: list[int]  # prompt, then generated tokens
+    token_ids: list[int]  # prompt, then generated tokens, as far as the host knows them
+    max_num_tokens: int = sys.maxsize  # prompt and answer together, when the answer ends at the latest
+    num_unread: int = 0  # tokens after those that have been sampled and not been read from the device: 0 or 1
     slot: int | None = None  # the adapter's line in the row table while running; BASE_SLOT for the base
-    pages: list[int] = field(default_factory=list)  # KV pages, in order; the first may be shared
+    pages: array[int] = field(default_factory=empty_pages)  # KV pages, in order; the first may be shared
     page_keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of the leading full pages
     num_entered: int = 0  # leading pages that were offered to the prefix cache
     num_computed: int = 0  # tokens whose keys and values lie in the pages
@@ -27,12 +36,14 @@ class Sequence:
     num_overtaken: int = 0  # requests that were started while this one waited for room
 
     @classmethod
-    def of(cls, request: Request) -> Sequence:
-        return cls(request, list(request.prompt_token_ids))
+    def of(cls, request: Request, max_model_len: int = sys.maxsize) -> Sequence:
+        num_prompt_tokens = len(request.prompt_token_ids)
+        max_num_tokens = min(num_prompt_tokens + request.sampling.max_tokens, max_model_len)
+        return cls(request, list(request.prompt_token_ids), max_num_tokens)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_unread
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -40,7 +51,13 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
+        """Tokens of the answer that are known."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the answer ends, for its length alone, with the last token that was sampled."""
+        return self.num_tokens >= self.max_num_tokens
 
     @property
     def num_pending(self) -> int:
@@ -49,4 +66,4 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_pending == 1 and self.num_generated > 0
+        return self.num_pending == 1 and self.num_tokens > self.num_prompt_tokens

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from heddle_adapters.base_layout import Site
-from heddle_adapters.device_rows import DeviceRows
-from heddle_kernels.segments import Segments
+from heddle_kernels.ops import Ops
+from heddle_kernels.site_group import MAX_SITES, SiteGroup
+from heddle_server.engine.base_linear import BaseLinears
+from heddle_server.engine.joined_linear import join
+from heddle_server.engine.probe import features, linears_of
 
 
 @dataclass(frozen=True)
 class AdapterBatch:
     """The adapters of one step. Filled by the model runner."""
 
-    segments: Segments  # of all tokens
-    head_segments: Segments  # of the rows that reach the output head
-    touched_sites: frozenset[int]  # sites that any of these adapters changes
-    rows: DeviceRows
-    ops: ModuleType
+    plan: Any  # of all tokens, as `Ops.plan_rows` made it
+    head_plan: Any  # of the rows that reach the output head
+    touched_sites: frozenset[int] | None  # sites that any of these adapters changes; None: look at all
+    scaled_input_sites: frozenset[int]  # of those, where one scales the input
+
+    def touches(self, group: SiteGroup) -> bool:
+        return self.touched_sites is None or not self.touched_sites.isdisjoint(group.sites)
 
 
 class ForwardContext:
-    """The one thing that woven linears see of the step: whose tokens they are computing."""
+    """The one thing that woven linears see of the step: whose tokens they are computing, and with what."""
 
-    def __init__(self) -> None:
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
         self.adapters: AdapterBatch | None = None  # None: a base-only batch, or no forward running
 
     @contextmanager
@@ -47,67 +52,131 @@ class ForwardContext:
             self.adapters = None
 
 
-class WovenLinear(nn.Module):
-    """A linear of the base with a site number. It never changes the base; without adapters it is the base."""
+class WovenGroup:
+    """Linears of the base that read the same input, computed together when the first of them is called."""
 
-    base: Any  # nn.Linear, bitsandbytes' Linear4bit or GPT-2's Conv1D
-
-    def __init__(self, base: nn.Module, site: int, is_head: bool, context: ForwardContext) -> None:
-        super().__init__()
-        self.base = base
-        self.site = site
-        self.is_head = is_head
+    def __init__(self, base: nn.Module, group: SiteGroup, is_head: bool, context: ForwardContext) -> None:
+        self.base: Any = base
+        self._group = group
+        self._sums_are_open = hasattr(base, "partial_sums")  # whoever adds the adapters can finish its sums
+        self._is_head = is_head
         self._context = context
+        self._input: Tensor | None = None  # of the outputs that are kept
+        self._outputs: list[Tensor | None] = []
+
+    def output(self, number: int, x: Tensor) -> Tensor:
+        """What the group's linear `number` answers to x [..., in_features]."""
+        if self._input is not x or self._outputs[number] is None:
+            self._input = x
+            self._outputs = list(torch.split(self._compute(x), list(self._group.out_features), dim=-1))
+        output, self._outputs[number] = self._outputs[number], None
+        assert output is not None
+        if not any(kept is not None for kept in self._outputs):
+            self._input = None
+        return output
+
+    def _compute(self, x: Tensor) -> Tensor:
+        """[..., sum of out_features]"""
+        adapters, group = self._context.adapters, self._group
+        if adapters is None or not adapters.touches(group):
+            untouched: Tensor = self.base(x)
+            return untouched
+        flat = x.reshape(-1, group.in_features)  # [num_tokens, in_features]
+        plan = adapters.head_plan if self._is_head else adapters.plan
+        if adapters.scaled_input_sites.isdisjoint(group.sites):
+            y = self._with_rows(flat, plan)
+        else:
+            y = torch.cat([self._with_scaled_input(flat, plan, site) for site in group.sites], dim=1)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    def _with_rows(self, x: Tensor, plan: Any) -> Tensor:
+        """x [num_tokens, in_features] -> [num_tokens, sum of out_features]"""
+        ops: Any = self._context.ops
+        h = ops.shrink(x, plan, self._group)
+        if self._sums_are_open and (sums := self.base.partial_sums(x)) is not None:
+            finished: Tensor = ops.expand_sums(sums, h, plan, self._group, self.base.bias, x.dtype)
+            return finished
+        y: Tensor = self.base(x)
+        ops.expand_add(y, h, plan, self._group, self.base.bias)
+        return y
+
+    def _with_scaled_input(self, x: Tensor, plan: Any, site: int) -> Tensor:
+        """One site by itself, because its input is its own: [num_tokens, out_features]."""
+        ops, group = self._context.ops, self._group.alone(site)
+        number = site - self._group.first_site
+        columns = slice(begin := self._group.column_start[number], begin + self._group.out_features[number])
+        scaled = ops.scale_input(x, plan, site)
+        h = ops.shrink(scaled, plan, group)
+        y: Tensor = self.base(scaled)[:, columns].contiguous()
+        base_bias = None if self.base.bias is None else self.base.bias[columns]
+        ops.expand_add(y, h, plan, group, base_bias)
+        return y
+
+
+class WovenLinear(nn.Module):
+    """A linear of the base, as one of its group. It never changes the base; without adapters it is the base."""
+
+    def __init__(self, group: WovenGroup, number: int) -> None:
+        super().__init__()
+        self.base = group.base
+        self._group = group
+        self._number = number
 
     @property
     def weight(self) -> Tensor:
-        """Some modelling code looks at its linears' weight dtype or device."""
+        """Some modelling code looks at its linears' weight dtype or device. It is the whole group's."""
         weight: Tensor = self.base.weight
         return weight
 
-    @property
-    def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base.bias
-        return bias
-
     def forward(self, x: Tensor) -> Tensor:
-        adapters = self._context.adapters
-        if adapters is None or self.site not in adapters.touched_sites:
-            untouched: Tensor = self.base(x)
-            return untouched
-        ops, rows = adapters.ops, adapters.rows
-        segments = adapters.head_segments if self.is_head else adapters.segments
-        flat = x.reshape(-1, x.shape[-1])  # [num_tokens, in_features]
-        assert flat.shape[0] == segments.num_tokens, "a site sees other tokens than the batch has"
-        scaled = ops.scale_input(flat, rows.vectors, rows.table, segments, self.site)
-        y: Tensor = self.base(scaled)
-        h = ops.shrink(scaled, rows.rows, rows.table, segments, self.site)
-        ops.expand_add(y, h, rows.rows, rows.vectors, rows.table, segments, self.site, self.base.bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return self._group.output(self._number, x)
 
 
-def weave(model: PreTrainedModel, context: ForwardContext) -> tuple[Site, ...]:
-    """Put a WovenLinear in place of every linear, in module order; the sites that adapters may name."""
+def weave(
+    model: PreTrainedModel,
+    shared_inputs: Sequence[tuple[str, ...]],
+    base_linears: BaseLinears,
+    context: ForwardContext,
+) -> tuple[tuple[Site, ...], tuple[SiteGroup, ...]]:
+    """Put a WovenLinear in place of every linear; the sites that adapters may name, in module order, and their groups.
+
+    `shared_inputs` are the runs of linears that may be joined, as `probe` found them.
+    """
     head = model.get_output_embeddings()
-    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    sites = list[Site]()
-    for path, module in linears:
-        parent, _, name = path.rpartition(".")
-        woven = WovenLinear(module, site=len(sites), is_head=module is head, context=context)
-        setattr(model.get_submodule(parent), name, woven)
-        sites.append(site_of(path, module))
-    return tuple(sites)
+    linears = dict(linears_of(model))
+    sites = tuple(site_of(path, module) for path, module in linears.items())
+    number_of = {path: number for number, path in enumerate(linears)}
+    run_of = {run[0]: run for run in shared_inputs if len(run) <= MAX_SITES}
+    groups = list[SiteGroup]()
+    woven = set[str]()
+    for path in linears:
+        if path in woven:
+            continue
+        run = run_of.get(path, (path,))
+        modules = [linears[member] for member in run]
+        base = modules[0] if len(run) == 1 else join(modules)
+        if base is None:
+            run, base = (path,), modules[0]
+        first = number_of[path]
+        group = SiteGroup(
+            first, sites[first].in_features, tuple(sites[number_of[member]].out_features for member in run)
+        )
+        woven_group = WovenGroup(base_linears.make(base), group, is_head=base is head, context=context)
+        for number, member in enumerate(run):
+            parent, _, name = member.rpartition(".")
+            setattr(model.get_submodule(parent), name, WovenLinear(woven_group, number))
+        groups.append(group)
+        woven.update(run)
+    base_linears.finish()
+    return sites, tuple(groups)
 
 
-def site_of(path: str, module: nn.Linear | Conv1D) -> Site:
-    if isinstance(module, Conv1D):  # GPT-2's linear, whose weight is stored [in, out]
-        in_features, out_features = module.weight.shape
-    else:
-        in_features, out_features = module.in_features, module.out_features
+def site_of(path: str, module: nn.Module) -> Site:
+    in_features, out_features = features(module)
     return Site(path, "linear", in_features, out_features, has_bias=module.bias is not None)
 
 
-def base_biases(model: PreTrainedModel, sites: tuple[Site, ...]) -> dict[str, NDArray[np.float32]]:
-    """b0 [out_features] by path, of the sites where the base adds one."""
-    biases = {site.path: model.get_submodule(site.path).bias for site in sites if site.has_bias}
+def base_biases(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
+    """b0 [out_features] by path, of the linears where the base adds one. Asked before weaving."""
+    biases = {path: bias for path, module in linears_of(model) if isinstance(bias := module.bias, Tensor)}
     return {path: bias.detach().float().cpu().numpy() for path, bias in biases.items()}

@@ -1,0 +1,175 @@
+"""How the base's 4-bit linears are computed: by bitsandbytes, by our kernels, or written out for large batches.
+
+4-bit weights are fewer bytes, which decides for few tokens. For many arithmetic decides, and there a dense product
+wins, even if the weights must be written out first.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+from torch.nn import functional
+
+from heddle_kernels.nf4_weight import UnsupportedWeight
+from heddle_kernels.ops import Ops
+from heddle_server.engine.joined_linear import unnested_state
+
+logger = logging.getLogger(__name__)
+
+DENSE_FROM_TOKENS = 64  # for our GPU kernels, by the roofline of a H200, where the arithmetic of 4-bit weights begins
+TRIED_TOKENS = (8, 16, 32, 64, 128)  # on a CPU the machine is asked
+NUM_TRIALS = 3
+
+
+class Crossover:
+    """The number of tokens from which dense weights are faster: one for all linears."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+
+class BaseLinears:
+    """Makes, for each linear or joined linears of the base, the module that computes it."""
+
+    def __init__(self, ops: Ops, dtype: torch.dtype, keep_dense: bool) -> None:
+        """`dtype` that the base computes in; `keep_dense`: 4-bit weights are also kept written out in it."""
+        self._dtype = dtype
+        self._make_nf4 = getattr(ops, "nf4_linear", None)
+        self._keep_dense = keep_dense
+        self._crossover = Crossover(DENSE_FROM_TOKENS)
+        self._on_cpu = list[DenseForMany]()
+        self._left = Counter[str]()  # 4-bit linears that our kernels do not take, by the reason
+
+    def make(self, linear: nn.Module) -> nn.Module:
+        """To be asked before `linear` has computed anything: bitsandbytes repacks weights at a first CPU forward."""
+        if not isinstance(linear, Linear4bit):
+            return linear
+        if linear.bias is not None:
+            linear.bias.data = linear.bias.data.to(self._dtype)  # as bitsandbytes does when it first computes
+        write_out = WriteOut(linear, self._dtype)
+        is_repacked = linear.weight.device.type == "cpu" and linear.support_avx512bf16_for_cpu
+        computed = self._fused(linear)
+        if not (self._keep_dense or (is_repacked and computed is linear)):
+            return computed
+        dense = Kept(write_out()) if self._keep_dense else write_out.copied()
+        made = DenseForMany(computed, dense, self._crossover)
+        if is_repacked:
+            self._on_cpu.append(made)
+        return made
+
+    def finish(self) -> None:
+        """When all are made: find out what this machine is good at, and say what falls back and why."""
+        if self._on_cpu:
+            largest = max(self._on_cpu, key=lambda made: made.out_features * made.in_features)
+            self._crossover.num_tokens = measured_crossover(largest)
+            logger.info("4-bit weights are written out for %d tokens and more", self._crossover.num_tokens)
+        for reason, count in self._left.items():
+            logger.info("bitsandbytes computes %d linears: %s", count, reason)
+
+    def _fused(self, linear: Any) -> nn.Module:
+        if self._make_nf4 is None:
+            return linear  # type: ignore[no-any-return]
+        try:
+            fused: nn.Module = self._make_nf4(linear.weight.data, linear.weight.quant_state, linear.bias)
+        except UnsupportedWeight as error:
+            self._left[str(error)] += 1
+            return linear  # type: ignore[no-any-return]
+        return fused
+
+
+class WriteOut:
+    """Writes a 4-bit linear's weight [out_features, in_features] out, whenever it is called."""
+
+    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
+        self._packed: Tensor = linear.weight.data
+        self._state = unnested_state(linear.weight.quant_state)
+        self._dtype = dtype
+
+    def __call__(self) -> Tensor:
+        weight: Tensor = bnb.dequantize_4bit(self._packed, self._state)
+        return weight.to(self._dtype)
+
+    def copied(self) -> WriteOut:
+        """Over bytes of its own, which repacking the linear's leaves as they are."""
+        self._packed = self._packed.clone()
+        return self
+
+    @property
+    def size_bytes(self) -> int:
+        return int(self._packed.nbytes + self._state.absmax.nbytes)
+
+
+class Kept:
+    """Has written it out once."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self.size_bytes = weight.nbytes
+
+    def __call__(self) -> Tensor:
+        return self._weight
+
+
+class DenseForMany(nn.Module):
+    """A 4-bit linear for few tokens, its weights written out for many."""
+
+    bias: Tensor | None
+
+    def __init__(self, quantised: Any, dense: WriteOut | Kept, crossover: Crossover) -> None:
+        super().__init__()
+        self.quantised = quantised
+        self.dense = dense
+        self.crossover = crossover
+        self.in_features: int = quantised.in_features
+        self.out_features: int = quantised.out_features
+        self.bias = quantised.bias
+        # Beside those of `quantised`.
+        self.quantized_bytes = dense.size_bytes if isinstance(dense, WriteOut) else 0
+        self.dense_bytes = dense.size_bytes if isinstance(dense, Kept) else 0
+        if hasattr(quantised, "partial_sums"):
+            self.partial_sums = self._partial_sums
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.quantised.weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]"""
+        if x.numel() // self.in_features >= self.crossover.num_tokens:
+            return functional.linear(x, self.dense(), self.bias)
+        y: Tensor = self.quantised(x)
+        return y
+
+    def _partial_sums(self, x: Tensor) -> Tensor | None:
+        sums: Tensor | None = None if len(x) >= self.crossover.num_tokens else self.quantised.partial_sums(x)
+        return sums
+
+
+@torch.inference_mode()
+def measured_crossover(linear: DenseForMany) -> int:
+    """The first of TRIED_TOKENS at which writing out and multiplying is faster here, or twice the last."""
+    for num_tokens in TRIED_TOKENS:
+        x = torch.ones(num_tokens, linear.in_features, dtype=linear.dense().dtype)
+        if _seconds(lambda given: functional.linear(given, linear.dense()), x) < _seconds(linear.quantised, x):
+            return num_tokens
+    return 2 * TRIED_TOKENS[-1]
+
+
+def _seconds(compute: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The best of a few runs; the first of them also pays for what is done once."""
+
+    def run() -> float:
+        started = time.perf_counter()
+        compute(x)
+        return time.perf_counter() - started
+
+    return min(run() for _ in range(NUM_TRIALS))

@@ -1,0 +1,116 @@
+"""From planned chunks to the tensors that a forward reads: filled on the host, brought to the device in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from heddle_kernels.paged_batch import PagedBatch
+from heddle_server.engine.scheduler import Chunk
+
+UNREAD = 0  # stands for a token until the device puts the right one there
+ALIGNMENT_BYTES = 16  # of every array in the buffer that is copied
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One step's chunks side by side, in the order they were given."""
+
+    token_ids: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64
+    logit_rows: Tensor  # [num_logits] int64, the tokens whose logits are wanted
+    unread_rows: Tensor  # [num_unread] int64, tokens that only the device knows: the previous step has sampled them
+    unread_sources: Tensor  # [num_unread] int64, which of the tokens that step sampled
+    paged: PagedBatch
+
+    @classmethod
+    def of(
+        cls, chunks: Sequence[Chunk], page_tokens: int, device: torch.device, previous: Sequence[Chunk] = ()
+    ) -> StepInputs:
+        """The logits wanted are those of the last token of every chunk that completes its sequence.
+
+        `previous` are the chunks that the step before this one has sampled tokens for, in that step's order.
+        """
+        bounds = (0, *accumulate(chunk.num_tokens for chunk in chunks))
+        lengths = tuple(chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks)
+        positions = np.empty(bounds[-1], np.int64)
+        token_ids, write_slot = np.empty_like(positions), np.empty_like(positions)
+        page_table = np.zeros((len(chunks), -(-max(lengths) // page_tokens)), np.int32)
+        for row, (chunk, begin) in enumerate(zip(chunks, bounds, strict=False)):
+            sequence, computed, num_new = chunk.sequence, chunk.sequence.num_computed, chunk.num_tokens
+            num_pages = -(-lengths[row] // page_tokens)
+            pages = np.frombuffer(sequence.pages, np.int32, num_pages)
+            page_table[row, :num_pages] = pages
+            if num_new == 1:  # nearly always
+                token_ids[begin] = sequence.token_ids[computed] if computed < len(sequence.token_ids) else UNREAD
+                positions[begin] = computed
+                write_slot[begin] = pages[computed // page_tokens] * page_tokens + computed % page_tokens
+            else:
+                new = np.arange(computed, computed + num_new)
+                token_ids[begin : begin + num_new] = sequence.token_ids[computed : computed + num_new]
+                positions[begin : begin + num_new] = new
+                write_slot[begin : begin + num_new] = (
+                    pages[new // page_tokens].astype(np.int64) * page_tokens + new % page_tokens
+                )
+        source_of = {id(chunk.sequence): source for source, chunk in enumerate(previous)}
+        unread = [
+            (row, source_of[id(chunk.sequence)])
+            for row, chunk in zip(bounds, chunks, strict=False)
+            if chunk.sequence.num_unread
+        ]
+        last_rows = [end - 1 for chunk, end in zip(chunks, bounds[1:], strict=True) if chunk.completes]
+        tensors = to_device(
+            {
+                "token_ids": token_ids,
+                "positions": positions,
+                "logit_rows": np.array(last_rows or [0], np.int64),  # the head is never asked for nothing
+                "unread_rows": np.array([row for row, _ in unread], np.int64),
+                "unread_sources": np.array([source for _, source in unread], np.int64),
+                "write_slot": write_slot,
+                "query_start": np.array(bounds, np.int32),
+                "length": np.array(lengths, np.int32),
+                "page_table": page_table,
+            },
+            device,
+        )
+        paged = PagedBatch(
+            query_start=tensors["query_start"],
+            length=tensors["length"],
+            page_table=tensors["page_table"],
+            write_slot=tensors["write_slot"],
+            query_bounds=bounds,
+            lengths=lengths,
+        )
+        return cls(
+            tensors["token_ids"],
+            tensors["positions"],
+            tensors["logit_rows"],
+            tensors["unread_rows"],
+            tensors["unread_sources"],
+            paged,
+        )
+
+
+def to_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """The arrays as tensors on the device: one copy for all, which the host does not wait for."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    sizes = [-(-array.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for array in arrays.values()]
+    begins = [0, *accumulate(sizes)]
+    staged = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=True)
+    host = staged.numpy()
+    for array, begin in zip(arrays.values(), begins, strict=False):
+        host[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    copied = staged.to(device, non_blocking=True)
+    tensors = dict[str, Tensor]()
+    for (name, array), begin in zip(arrays.items(), begins, strict=False):
+        dtype = torch.from_numpy(array[:0].reshape(-1)).dtype
+        tensors[name] = copied[begin : begin + array.nbytes].view(dtype).view(array.shape)
+    return tensors
