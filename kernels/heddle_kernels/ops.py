@@ -21,7 +21,10 @@ class Ops(Protocol):
     """
 
     name: str
-    elementwise: Any  # rms_norm, rotary, …: see `torch_elementwise`; what it lacks is left to the model's own code
+
+    @property
+    def elementwise(self) -> Any:
+        """rms_norm, rotary, …: see `torch_elementwise`; what it lacks is left to the model's own code."""
 
     def prepare(self, groups: Sequence[SiteGroup], dtype: torch.dtype) -> None:
         """Once, before anything else: all groups in the order of their sites, and the compute dtype."""

@@ -89,7 +89,7 @@ class Engine:
         with _phase("kernels", on_progress):
             context = ForwardContext(ops)
             biases = base_biases(loaded.model)
-            if loaded.dtype != torch.float32:  # who asks for that compares to the last digit: the model's own order stays
+            if loaded.dtype != torch.float32:  # who asks for that compares to the last digit
                 fuse_modules(loaded.model, ops.elementwise, loaded.dtype, loaded.device)
             if config.base_cache != "none" and loaded.quantization not in FOUR_BIT:
                 raise ConfigError(
