@@ -104,7 +104,8 @@ class Scheduler:
         self._residency.advance()
         budget = self._max_batch_tokens
         for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
-            if budget and not sequence.is_full and sequence in self.running:  # an earlier one may have pushed it out
+            was_pushed_out = sequence.slot is None  # by an earlier one
+            if budget and not was_pushed_out and not sequence.is_full:
                 budget -= self._continue(sequence, budget, plan)
         self._admit(budget, plan)
         self._residency.let_go()
