@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 ABSENT = -1  # in a vector column: this adapter has no such vector at this site
-COLUMNS = (
-    *("first", "count", "in_scale", "out_scale", "bias"),  # [num_slots, num_sites]
-    *("a_offset", "b_offset", "gain", "c", "activation"),  # [heap_capacity]
-)
+SLOT_COLUMNS = ("first", "count", "in_scale", "out_scale", "bias")  # of a RowTable: a line per slot
+HEAP_COLUMNS = ("a_offset", "b_offset", "gain", "c", "activation")  # an entry per row
+COLUMNS = SLOT_COLUMNS + HEAP_COLUMNS
 
 
 @dataclass

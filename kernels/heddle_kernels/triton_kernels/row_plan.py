@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from heddle_kernels.row_table import RowTable
+from heddle_kernels.row_table import COLUMNS, HEAP_COLUMNS, SLOT_COLUMNS, RowTable
 from heddle_kernels.segments import BASE_SLOT, Segments
 
 
@@ -147,12 +147,8 @@ class DeviceTable:
         return slots.numpy()
 
     def _copy_all(self, table: RowTable) -> None:
-        for name in SLOT_COLUMNS + HEAP_COLUMNS:
+        for name in COLUMNS:
             setattr(self, name, getattr(table, name).to(self._device, copy=True))
-
-
-SLOT_COLUMNS = ("first", "count", "in_scale", "out_scale", "bias")  # of a RowTable: a line per slot
-HEAP_COLUMNS = ("a_offset", "b_offset", "gain", "c", "activation")  # an entry per row
 
 
 def _fit(needed: PlanCapacity, capacity: PlanCapacity | None) -> PlanCapacity:

@@ -54,13 +54,11 @@ class BaseLinears:
             return linear
         if linear.bias is not None:
             linear.bias.data = linear.bias.data.to(self._dtype)  # as bitsandbytes does when it first computes
-        write_out = WriteOut(linear, self._dtype)
         is_repacked = linear.weight.device.type == "cpu" and linear.support_avx512bf16_for_cpu
         computed = self._fused(linear)
         if not (self._keep_dense or (is_repacked and computed is linear)):
             return computed
-        dense = Kept(write_out()) if self._keep_dense else write_out.copied()
-        made = DenseForMany(computed, dense, self._crossover)
+        made = DenseForMany(computed, self._dense(linear), self._crossover)
         if is_repacked:
             self._on_cpu.append(made)
         return made
@@ -73,6 +71,12 @@ class BaseLinears:
             logger.info("4-bit weights are written out for %d tokens and more", self._crossover.num_tokens)
         for reason, count in self._left.items():
             logger.info("bitsandbytes computes %d linears: %s", count, reason)
+
+    def _dense(self, linear: Any) -> WriteOut | Kept:
+        weight, state = linear.weight.data, linear.weight.quant_state
+        if self._keep_dense:
+            return Kept(WriteOut(weight, state, self._dtype)())
+        return WriteOut(weight.clone(), state, self._dtype)  # of its own: repacking changes the linear's
 
     def _fused(self, linear: Any) -> nn.Module:
         if self._make_nf4 is None:
@@ -88,19 +92,15 @@ class BaseLinears:
 class WriteOut:
     """Writes a 4-bit linear's weight [out_features, in_features] out, whenever it is called."""
 
-    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
-        self._packed: Tensor = linear.weight.data
-        self._state = unnested_state(linear.weight.quant_state)
+    def __init__(self, packed: Tensor, state: Any, dtype: torch.dtype) -> None:
+        """packed, state: as bitsandbytes quantised the weight."""
+        self._packed = packed
+        self._state = unnested_state(state)
         self._dtype = dtype
 
     def __call__(self) -> Tensor:
         weight: Tensor = bnb.dequantize_4bit(self._packed, self._state)
         return weight.to(self._dtype)
-
-    def copied(self) -> WriteOut:
-        """Over bytes of its own, which repacking the linear's leaves as they are."""
-        self._packed = self._packed.clone()
-        return self
 
     @property
     def size_bytes(self) -> int:

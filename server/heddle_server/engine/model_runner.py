@@ -136,9 +136,11 @@ class ModelRunner:
             return None
         head_segments = Segments.from_runs((_slot(chunk), 1) for chunk in completing or chunks[:1])
         rows, plan_rows = self._rows, self._ops.plan_rows
+        plan = plan_rows(rows.rows, rows.vectors, rows.table, batch.segments)
+        is_decode = head_segments == batch.segments  # every token's logits are wanted
         return AdapterBatch(
-            plan=plan_rows(rows.rows, rows.vectors, rows.table, batch.segments),
-            head_plan=plan_rows(rows.rows, rows.vectors, rows.table, head_segments),
+            plan=plan,
+            head_plan=plan if is_decode else plan_rows(rows.rows, rows.vectors, rows.table, head_segments),
             touched_sites=_union(line.touched_sites for line in batch.lines),
             scaled_input_sites=batch.scaled_input_sites,
         )
