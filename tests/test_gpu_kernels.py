@@ -59,7 +59,7 @@ NF4_ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 def triton_ops(dtype: torch.dtype):  # type: ignore[no-untyped-def]  # its module imports triton, which may be absent
     from heddle_kernels.triton_kernels.ops import TritonOps
 
-    return TritonOps(DEVICE, dtype)
+    return TritonOps(DEVICE)
 
 
 def normal(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -120,7 +120,7 @@ def test_nf4_linear(name: str, dtype: torch.dtype) -> None:
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     exact, bias = functional.dequantize_4bit(packed, state).double(), normal(dtype, num_rows)
     ops = triton_ops(dtype)
-    linear = ops.nf4_linear(packed, state, bias)
+    linear = ops.nf4_linear(packed, state, bias, dtype)
     for num_tokens in TOKENS:
         x = normal(dtype, num_tokens, in_features)
         expected = x.double() @ exact.T + bias.double()

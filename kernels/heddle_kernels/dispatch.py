@@ -71,7 +71,7 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _make_triton(device: torch.device, dtype: torch.dtype) -> Ops:
-    ops: Ops = import_module("heddle_kernels.triton_kernels.ops").TritonOps(device, dtype)
+    ops: Ops = import_module("heddle_kernels.triton_kernels.ops").TritonOps(device)
     return ops
 
 

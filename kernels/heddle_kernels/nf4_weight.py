@@ -80,10 +80,9 @@ class Nf4Weight:
         """
         rows, scales = list[Tensor](), list[Tensor]()
         for packed, state in weights:
-            _check(packed, state)
-            num_rows, in_features = state.shape
-            rows.append(packed.contiguous().view(torch.uint8).view(num_rows, in_features // 2))
-            scales.append(_plain_absmax(state).view(num_rows, in_features // BLOCK_WEIGHTS))
+            bytes_of_rows, absmax_of_rows = plain_rows(packed, state, CELL)
+            rows.append(bytes_of_rows)
+            scales.append(absmax_of_rows)
         if len({tuple(state.shape)[1] for _, state in weights}) != 1:
             raise UnsupportedWeight("layers that are computed together must read the same input")
         absmax = torch.cat(scales).to(absmax_dtype)
@@ -143,7 +142,19 @@ class Nf4Weight:
         return scaled.view(self.num_rows, self.in_features).to(dtype)
 
 
-def _check(packed: Tensor, state: Any) -> None:
+def plain_rows(packed: Tensor, state: Any, multiple: int) -> tuple[Tensor, Tensor]:
+    """A weight as bitsandbytes quantised it, doubly or not -> its rows' bytes uint8 [out_features, in_features / 2],
+    high nibble first, and absmax float32 [out_features, in_features / 64].
+
+    Raises UnsupportedWeight, also where in_features is not a multiple of `multiple`.
+    """
+    _check(packed, state, multiple)
+    num_rows, in_features = state.shape
+    rows = packed.contiguous().view(torch.uint8).view(num_rows, in_features // 2)
+    return rows, _plain_absmax(state).view(num_rows, in_features // BLOCK_WEIGHTS)
+
+
+def _check(packed: Tensor, state: Any, multiple: int) -> None:
     if state.quant_type != "nf4":
         raise UnsupportedWeight(f"quantised as {state.quant_type}, not nf4")
     if state.blocksize != BLOCK_WEIGHTS:
@@ -153,8 +164,8 @@ def _check(packed: Tensor, state: Any) -> None:
     if len(state.shape) != 2:
         raise UnsupportedWeight(f"a weight has 2 dimensions, not the {len(state.shape)} of {tuple(state.shape)}")
     num_rows, in_features = state.shape
-    if in_features % CELL != 0:
-        raise UnsupportedWeight(f"{in_features} input features are not a multiple of {CELL}")
+    if in_features % multiple != 0:
+        raise UnsupportedWeight(f"{in_features} input features are not a multiple of {multiple}")
     if packed.nbytes * 2 != num_rows * in_features:
         raise UnsupportedWeight(f"{packed.nbytes} bytes are not {num_rows} x {in_features} weights")
     if state.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -40,7 +40,7 @@ class LinearArm:
 
 def linear_arms(device: torch.device, ops: Ops) -> list[LinearArm]:
     """Those that there are on this device; heddle's own last."""
-    ours = FLOOR_BYTES_PER_WEIGHT if hasattr(ops, "nf4_linear") else BITSANDBYTES_BYTES_PER_WEIGHT
+    ours = FLOOR_BYTES_PER_WEIGHT if ops.name == "triton" else BITSANDBYTES_BYTES_PER_WEIGHT
     return [
         LinearArm("dense", DTYPE.itemsize, _each(_dense)),
         *(_on_cuda() if device.type == "cuda" else _on_cpu()),

@@ -19,6 +19,7 @@ from heddle_kernels.cpu_kernels.inner_loops import (
     widen_into,
 )
 from heddle_kernels.cpu_kernels.rows import Ints, Longs
+from heddle_kernels.cpu_kernels.team import Tasks, in_parallel, next_member, next_task
 
 
 @compiled
@@ -38,6 +39,8 @@ def write_pages(key: Stored, value: Stored, kv: Stored, page_stride: int, page_t
 
 @compiled
 def attend_sequences(
+    num_threads: int,
+    tasks: Tasks,
     query: Stored,
     kv: Stored,
     page_stride: int,
@@ -62,21 +65,61 @@ def attend_sequences(
     query, out [num_tokens, num_heads, head_dim]; kv as in `write_pages`; page_table, query_start and length as in
     PagedBatch; window in tokens; softcap 0 for none; sinks [num_heads] or empty.
 
-    To work in: seen_room [most new tokens, 2]; token_room [2, most new tokens, query heads of a kv head, head_dim];
-    page_room [page_tokens, head_dim]; score_room [most new tokens, query heads of a kv head, longest length].
+    To work in, of each thread: seen_room [most new tokens, 2]; token_room [2, most new tokens, query heads of a kv
+    head, head_dim]; page_room [page_tokens, head_dim]; score_room [most new tokens, query heads of a kv head, longest
+    length].
     """
+    in_parallel(
+        num_threads,
+        _attend_heads,
+        (
+            tasks, query, kv, page_stride, page_tokens, num_kv_heads, page_table, query_start, length, most_new_tokens,
+            scaling, window, softcap, sinks, seen_room, token_room, page_room, score_room, out,
+        ),
+    )  # fmt: skip
+
+
+@compiled
+def _attend_heads(
+    tasks: Tasks,
+    query: Stored,
+    kv: Stored,
+    page_stride: int,
+    page_tokens: int,
+    num_kv_heads: int,
+    page_table: Ints,
+    query_start: Ints,
+    length: Ints,
+    most_new_tokens: int,
+    scaling: float,
+    window: int,
+    softcap: float,
+    sinks: Floats,
+    seen_rooms: Longs,
+    token_rooms: Floats,
+    page_rooms: Floats,
+    score_rooms: Floats,
+    out: Stored,
+) -> None:
+    """Task by task one sequence's key head, with all query heads that share it."""
     num_heads, head_dim = query.shape[1:]
     group = num_heads // num_kv_heads
     value_begin = page_tokens * num_kv_heads * head_dim
+    member, mine, task = next_member(tasks), next_task(tasks), -1
+    page_room = page_rooms[member]
     for sequence, pages in enumerate(page_table):
         begin, end = query_start[sequence], query_start[sequence + 1]
         num_new = end - begin
         if length[sequence] == 0 or num_new > most_new_tokens:
             continue
-        seen, scores = seen_room[:num_new], score_room[:num_new]
-        queries, sums = token_room[0, :num_new], token_room[1, :num_new]
+        seen, scores = seen_rooms[member, :num_new], score_rooms[member, :num_new]
+        queries, sums = token_rooms[member, 0, :num_new], token_rooms[member, 1, :num_new]
         _fill_seen(length[sequence], window, seen)
         for kv_head in range(num_kv_heads):
+            task += 1
+            if task != mine:
+                continue
+            mine = next_task(tasks)
             first_head = kv_head * group
             head_pages = kv[kv_head * head_dim :]
             _scale_queries(query[begin:end], first_head, np.float32(scaling), queries)

@@ -9,16 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite.binding import get_host_cpu_features
-from torch import Tensor
+from torch import Tensor, nn
 
 from heddle_kernels.cpu_kernels import elementwise
 from heddle_kernels.cpu_kernels.attention import attend_sequences, write_pages
 from heddle_kernels.cpu_kernels.bits import SUPPORTED, Floats, Stored, as_stored
 from heddle_kernels.cpu_kernels.long_segments import expand_long, shrink_long
+from heddle_kernels.cpu_kernels.nf4_linear import CpuNf4Linear
+from heddle_kernels.cpu_kernels.nf4_panels import Nf4Panels
 from heddle_kernels.cpu_kernels.prompt_attention import attend_prompt
 from heddle_kernels.cpu_kernels.row_plan import CpuRowPlan
 from heddle_kernels.cpu_kernels.rows import expand_segments, scale_segments, shrink_segments
+from heddle_kernels.cpu_kernels.team import new_tasks, team_size
+from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
 from heddle_kernels.cpu_kernels.warm_up import warm_up
+from heddle_kernels.nf4_weight import UnsupportedWeight
 from heddle_kernels.paged_batch import PagedBatch
 from heddle_kernels.row_table import RowTable
 from heddle_kernels.segments import Segments
@@ -51,6 +56,14 @@ class CpuOps:
         """Compile, or load from numba's cache, all that will run with this dtype. Takes a while the first time."""
         warm_up(self, dtype)
 
+    def nf4_linear(self, packed: Tensor, quant_state: Any, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+        """A linear over bitsandbytes' 4-bit weight, repacked, for inputs of `dtype`. Raises UnsupportedWeight."""
+        if dtype != torch.bfloat16:
+            raise UnsupportedWeight(f"on a CPU our product computes in bfloat16, not in {dtype}")
+        if not has_bfloat16_products():
+            raise UnsupportedWeight("this processor does not multiply bfloat16 (AVX512-BF16)")
+        return CpuNf4Linear(Nf4Panels.from_bitsandbytes(packed, quant_state), bias)
+
     def plan_rows(self, rows: Tensor, vectors: Tensor, table: RowTable, segments: Segments) -> CpuRowPlan:
         return CpuRowPlan.build(rows, vectors, table, segments)
 
@@ -59,7 +72,11 @@ class CpuOps:
         h = np.empty(plan.num_values(group), np.float32)
         written = 0
         if len(plan.short_segments):
-            written = shrink_segments(
+            num_threads = team_size()
+            shrink_segments(
+                num_threads,
+                new_tasks(),
+                _num_parts(plan, num_threads),
                 as_stored(x.contiguous()),
                 plan.short_segments,
                 plan.rows,
@@ -71,9 +88,10 @@ class CpuOps:
                 plan.activation,
                 group.first_site,
                 len(group.out_features),
-                np.empty((4, group.in_features), np.float32),
+                np.empty((num_threads, 4, group.in_features), np.float32),
                 h,
             )
+            written = plan.num_short_values(group)
         for segment in plan.long_segments:
             written += shrink_long(x, h[written:], plan, segment, group)
         return h
@@ -85,7 +103,11 @@ class CpuOps:
         b0 = np.empty(0, changed.dtype) if base_bias is None else as_stored(base_bias)
         read = 0
         if len(plan.short_segments):
-            read = expand_segments(
+            num_threads = team_size()
+            expand_segments(
+                num_threads,
+                new_tasks(),
+                _num_parts(plan, num_threads),
                 changed,
                 h,
                 plan.short_segments,
@@ -99,8 +121,9 @@ class CpuOps:
                 group.first_site,
                 np.array(group.out_features),
                 b0,
-                np.empty(plan.most_short_tokens * max(group.out_features), np.float32),
+                np.empty((num_threads, plan.most_short_tokens * max(group.out_features)), np.float32),
             )
+            read = plan.num_short_values(group)
         for segment in plan.long_segments:
             read += expand_long(changed, h[read:], plan, segment, group, b0)
 
@@ -132,8 +155,11 @@ class CpuOps:
         """query [num_tokens, num_heads, head_dim]; kv as in `write_kv`; sinks [num_heads] -> like query."""
         query = query.contiguous()
         out = torch.empty_like(query)
+        num_threads = team_size()
         num_here, group = min(batch.max_query_tokens, MOST_NEW_TOKENS), query.shape[1] // kv.shape[3]
         attend_sequences(
+            num_threads,
+            new_tasks(),
             as_stored(query),
             _flat(kv),
             kv.stride(0),
@@ -147,10 +173,10 @@ class CpuOps:
             EVERYTHING if sliding_window is None else sliding_window,
             0.0 if softcap is None else softcap,
             np.empty(0, np.float32) if sinks is None else sinks.detach().float().numpy(),
-            np.empty((num_here, 2), np.int64),
-            np.empty((2, num_here, group, query.shape[2]), np.float32),
-            np.empty((kv.shape[2], query.shape[2]), np.float32),
-            np.empty((num_here, group, batch.max_length), np.float32),
+            np.empty((num_threads, num_here, 2), np.int64),
+            np.empty((num_threads, 2, num_here, group, query.shape[2]), np.float32),
+            np.empty((num_threads, kv.shape[2], query.shape[2]), np.float32),
+            np.empty((num_threads, num_here, group, batch.max_length), np.float32),
             as_stored(out),
         )
         if batch.max_query_tokens > MOST_NEW_TOKENS:
@@ -161,6 +187,11 @@ class CpuOps:
                         query[begin:end], kv, pages, length, scaling, sliding_window, softcap, sinks
                     )
         return out
+
+
+def _num_parts(plan: CpuRowPlan, num_threads: int) -> int:
+    """Into how many parts a segment is divided: enough for all threads to be busy until the end."""
+    return -(-4 * num_threads // len(plan.short_segments)) if num_threads > 1 else 1
 
 
 def _flat(kv: Tensor) -> Stored:

@@ -30,6 +30,7 @@ class CpuRowPlan:
     long_segments: tuple[Segment, ...]  # those of LONG_SEGMENT_TOKENS and more
     most_short_tokens: int  # of any short segment
     num_values_before: tuple[int, ...]  # [num_sites + 1], of h at all sites before
+    num_short_before: tuple[int, ...]  # the same of the short segments alone
     scaled_sites: frozenset[int]  # whose input some segment scales
     rows: Stored  # flat
     vectors: Floats  # flat
@@ -50,13 +51,14 @@ class CpuRowPlan:
         num_tokens, slots = used[:, 1] - used[:, 0], used[:, 2]
         is_long = num_tokens >= LONG_SEGMENT_TOKENS
         count, in_scale = table.count.numpy(), table.in_scale.numpy()
-        num_values = num_tokens @ count[slots]  # [num_sites]
+        num_rows = count[slots]  # [num_segments, num_sites]
         return cls(
             segments=used,
             short_segments=used[~is_long],
             long_segments=tuple((begin, end, slot) for begin, end, slot in used[is_long].tolist()),
             most_short_tokens=int(num_tokens[~is_long].max(initial=0)),
-            num_values_before=(0, *accumulate(num_values.tolist())),
+            num_values_before=(0, *accumulate((num_tokens @ num_rows).tolist())),
+            num_short_before=(0, *accumulate((num_tokens[~is_long] @ num_rows[~is_long]).tolist())),
             scaled_sites=frozenset(np.flatnonzero((in_scale[slots] >= 0).any(axis=0)).tolist()),
             rows=as_stored(rows),
             vectors=vectors.numpy(),
@@ -75,6 +77,10 @@ class CpuRowPlan:
     def num_values(self, group: SiteGroup) -> int:
         """Elements of the group's h: tokens times rows, of all segments."""
         return self.num_values_before[group.sites.stop] - self.num_values_before[group.first_site]
+
+    def num_short_values(self, group: SiteGroup) -> int:
+        """Those of short segments, which come first."""
+        return self.num_short_before[group.sites.stop] - self.num_short_before[group.first_site]
 
     def num_rows(self, slot: int, group: SiteGroup) -> int:
         return int(self.count[slot, group.sites.start : group.sites.stop].sum())

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from heddle_kernels.cpu_kernels.bits import Floats, Stored, compiled, narrow, widen
 from heddle_kernels.cpu_kernels.exponential import gelu_tanh, silu
 from heddle_kernels.cpu_kernels.inner_loops import add_four_scaled, add_scaled, dot, dot_four, widen_into
+from heddle_kernels.cpu_kernels.team import Tasks, in_parallel, next_member, next_task
 
 Longs = NDArray[np.int64]
 Ints = NDArray[np.int32]
@@ -22,6 +23,9 @@ _ZERO = np.float32(0)
 
 @compiled
 def shrink_segments(
+    num_threads: int,
+    tasks: Tasks,
+    num_parts: int,
     x: Stored,
     segments: Longs,
     rows: Stored,
@@ -35,24 +39,57 @@ def shrink_segments(
     num_sites: int,
     wide: Floats,
     h: Floats,
-) -> int:
-    """Semantics: h_g = gain · act(x_g A_gᵀ + c) over all rows of a group of sites; returns how much of h was written.
+) -> None:
+    """Semantics: h_g = gain · act(x_g A_gᵀ + c) over all rows of a group of sites.
 
+    num_parts of a segment's rows are computed by themselves, by whichever thread is free.
     x [num_tokens, in_features]; segments [num_segments, 3] (begin, end, slot); rows flat; the others as in RowTable;
-    wide [4, in_features] is room to work in; h flat, each segment [tokens, rows] row-major, one after another.
+    wide [num_threads, 4, in_features] is room to work in; h flat, each segment [tokens, rows] row-major, one after
+    another.
     """
-    written = 0
+    in_parallel(
+        num_threads,
+        _shrink_parts,
+        (
+            tasks, num_parts, x, segments, rows, first, count, a_offset, gain, c, activation,
+            first_site, num_sites, wide, h,
+        ),
+    )  # fmt: skip
+
+
+@compiled
+def _shrink_parts(
+    tasks: Tasks,
+    num_parts: int,
+    x: Stored,
+    segments: Longs,
+    rows: Stored,
+    first: Ints,
+    count: Ints,
+    a_offset: Longs,
+    gain: Floats,
+    c: Floats,
+    activation: Bytes,
+    first_site: int,
+    num_sites: int,
+    wide: Floats,
+    h: Floats,
+) -> None:
+    room, mine, part, segment_begin = wide[next_member(tasks)], next_task(tasks), 0, 0
     for begin, end, slot in segments:
         num_rows = rows_of_group(count, slot, first_site, num_sites)
-        if num_rows == 0:
-            continue
         num_values = (end - begin) * num_rows
-        h_segment = h[written : written + num_values].reshape(end - begin, num_rows)
-        heap = first[slot, first_site]
-        _shrink_segment(x[begin:end], rows, a_offset[heap : heap + num_rows], wide, h_segment)
-        activate(h_segment, gain[heap:], c[heap:], activation[heap:])
-        written += num_values
-    return written
+        h_segment = h[segment_begin : segment_begin + num_values].reshape(end - begin, num_rows)
+        for i in range(num_parts):
+            if part == mine:
+                row, stop = i * num_rows // num_parts, (i + 1) * num_rows // num_parts
+                heap = first[slot, first_site] + row
+                h_part = h_segment[:, row:stop]
+                _shrink_segment(x[begin:end], rows, a_offset[heap : heap + stop - row], room, h_part)
+                activate(h_part, gain[heap:], c[heap:], activation[heap:])
+                mine = next_task(tasks)
+            part += 1
+        segment_begin += num_values
 
 
 @compiled
@@ -117,6 +154,9 @@ def act(value: np.float32, number: int) -> np.float32:
 
 @compiled
 def expand_segments(
+    num_threads: int,
+    tasks: Tasks,
+    num_parts: int,
     y: Stored,
     h: Floats,
     segments: Longs,
@@ -131,40 +171,75 @@ def expand_segments(
     out_features: Longs,
     base_bias: Stored,
     total: Floats,
-) -> int:
-    """Semantics: y_g = out_scale · (y_g − b0) + b0 + bias + h_g B_g at each site of a group, in place; returns how
-    much of h was read.
+) -> None:
+    """Semantics: y_g = out_scale · (y_g − b0) + b0 + bias + h_g B_g at each site of a group, in place.
 
+    num_parts of a site's outputs are computed by themselves, by whichever thread is free.
     y [num_tokens, sum of out_features], where y is the base's W x + b0; h as `shrink_segments` wrote it; rows and
     vectors flat; out_features [num_sites]; base_bias b0 [sum of out_features], or empty;
-    total [tokens of the longest segment x largest of out_features] is room to work in.
+    total [num_threads, tokens of the longest segment x largest of out_features] is room to work in.
     """
-    read = 0
-    for begin, end, slot in segments:
-        group_rows = rows_of_group(count, slot, first_site, out_features.shape[0])
-        h_segment = h[read : read + (end - begin) * group_rows].reshape(end - begin, group_rows)
-        read += (end - begin) * group_rows
-        column, h_column = 0, 0
-        for j, width in enumerate(out_features):
-            site = first_site + j
-            num_rows, scale_begin, bias_begin = count[slot, site], out_scale[slot, site], bias[slot, site]
-            if num_rows > 0 or scale_begin >= 0 or bias_begin >= 0:
-                heap = first[slot, site]
-                sums = total[: (end - begin) * width].reshape(end - begin, width)
-                _sum_rows(h_segment, h_column, rows, b_offset[heap : heap + num_rows], sums)
-                b0 = base_bias[column : column + width]
-                scale_of_site = vectors[scale_begin : scale_begin + width] if scale_begin >= 0 else vectors[:0]
-                bias_of_site = vectors[bias_begin : bias_begin + width] if bias_begin >= 0 else vectors[:0]
-                finish(y[begin:end], column, sums, b0, scale_of_site, bias_of_site)
-            column += width
-            h_column += num_rows
-    return read
+    in_parallel(
+        num_threads,
+        _expand_parts,
+        (
+            tasks, num_parts, y, h, segments, rows, vectors, first, count, b_offset, out_scale, bias,
+            first_site, out_features, base_bias, total,
+        ),
+    )  # fmt: skip
 
 
 @compiled
-def _sum_rows(h: Floats, h_column: int, rows: Stored, b_offset: Longs, total: Floats) -> None:
-    """Semantics: total = h B. h [tokens, rows of the group], of which this site's begin at h_column;
-    b_offset [num_rows] -> total [tokens, width].
+def _expand_parts(
+    tasks: Tasks,
+    num_parts: int,
+    y: Stored,
+    h: Floats,
+    segments: Longs,
+    rows: Stored,
+    vectors: Floats,
+    first: Ints,
+    count: Ints,
+    b_offset: Longs,
+    out_scale: Longs,
+    bias: Longs,
+    first_site: int,
+    out_features: Longs,
+    base_bias: Stored,
+    total: Floats,
+) -> None:
+    room, mine, part, segment_begin = total[next_member(tasks)], next_task(tasks), 0, 0
+    for begin, end, slot in segments:
+        group_rows = rows_of_group(count, slot, first_site, out_features.shape[0])
+        segment_end = segment_begin + (end - begin) * group_rows
+        h_segment = h[segment_begin:segment_end].reshape(end - begin, group_rows)
+        site_begin, h_column = 0, 0
+        for j, width in enumerate(out_features):
+            site = first_site + j
+            num_rows, scale_begin, bias_begin = count[slot, site], out_scale[slot, site], bias[slot, site]
+            is_changed = num_rows > 0 or scale_begin >= 0 or bias_begin >= 0
+            for i in range(num_parts):
+                if part == mine:
+                    if is_changed:
+                        at, stop = i * width // num_parts, (i + 1) * width // num_parts
+                        heap, column = first[slot, site], site_begin + at
+                        sums = room[: (end - begin) * (stop - at)].reshape(end - begin, stop - at)
+                        _sum_rows(h_segment, h_column, rows, b_offset[heap : heap + num_rows], at, sums)
+                        b0 = base_bias[column : site_begin + stop]
+                        scale = vectors[scale_begin + at : scale_begin + stop] if scale_begin >= 0 else vectors[:0]
+                        site_bias = vectors[bias_begin + at : bias_begin + stop] if bias_begin >= 0 else vectors[:0]
+                        finish(y[begin:end], column, sums, b0, scale, site_bias)
+                    mine = next_task(tasks)
+                part += 1
+            site_begin += width
+            h_column += num_rows
+        segment_begin = segment_end
+
+
+@compiled
+def _sum_rows(h: Floats, h_column: int, rows: Stored, b_offset: Longs, at: int, total: Floats) -> None:
+    """Semantics: total = h B, of B's columns those from `at` on. h [tokens, rows of the group], of which this site's
+    begin at h_column; b_offset [num_rows] -> total [tokens, width].
 
     Rows are read from four places as in `_shrink_token`, and used for all tokens while they are at hand.
     """
@@ -172,15 +247,17 @@ def _sum_rows(h: Floats, h_column: int, rows: Stored, b_offset: Longs, total: Fl
     quarter = b_offset.shape[0] // 4
     total[:] = _ZERO
     for row in range(quarter):
-        i, j, k, m = b_offset[row], b_offset[quarter + row], b_offset[2 * quarter + row], b_offset[3 * quarter + row]
+        i, j = b_offset[row] + at, b_offset[quarter + row] + at
+        k, m = b_offset[2 * quarter + row] + at, b_offset[3 * quarter + row] + at
         a, b, c, d = rows[i : i + width], rows[j : j + width], rows[k : k + width], rows[m : m + width]
         for token in range(num_tokens):
             products = h[token, h_column + row :]
             scales = (products[0], products[quarter], products[2 * quarter], products[3 * quarter])
             add_four_scaled(total[token], scales, a, b, c, d)
     for row in range(4 * quarter, b_offset.shape[0]):
+        i = b_offset[row] + at
         for token in range(num_tokens):
-            add_scaled(total[token], h[token, h_column + row], rows[b_offset[row] : b_offset[row] + width])
+            add_scaled(total[token], h[token, h_column + row], rows[i : i + width])
 
 
 @compiled

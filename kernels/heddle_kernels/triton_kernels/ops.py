@@ -59,15 +59,13 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.elementwise = elementwise
         self._device = device
         self._table: DeviceTable | None = None
         self._most_rows: NDArray[np.int32] = np.zeros(0, np.int32)  # [num_slots], of any group
         self._group_begins: NDArray[np.int64] = np.zeros(1, np.int64)  # first site of each group
         self._dense = DenseBuffer()
-        # float32 is asked for by who wants exact weights; else 1 in 2,048 of a scale is nothing beside rounded products
-        self._absmax_dtype = torch.float32 if dtype == torch.float32 else torch.float16
 
     @property
     def table_generation(self) -> int:
@@ -129,9 +127,11 @@ class TritonOps:
     ) -> Tensor:
         return attention.paged_attention(query, kv, batch, scaling, sliding_window, softcap, sinks)
 
-    def nf4_linear(self, packed: Tensor, quant_state: Any, bias: Tensor | None) -> nn.Module:
-        """A linear over bitsandbytes' 4-bit weight, repacked. Raises UnsupportedWeight, saying why it cannot be."""
-        return Nf4Linear(Nf4Weight.from_bitsandbytes([(packed, quant_state)], self._absmax_dtype), bias, self._dense)
+    def nf4_linear(self, packed: Tensor, quant_state: Any, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+        """A linear over bitsandbytes' 4-bit weight, repacked, for inputs of `dtype`. Raises UnsupportedWeight."""
+        # float32 is asked for by who wants exact weights; else 1 in 2,048 of a scale is nothing beside rounded products
+        absmax_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+        return Nf4Linear(Nf4Weight.from_bitsandbytes([(packed, quant_state)], absmax_dtype), bias, self._dense)
 
     def _synced(self, table: RowTable) -> DeviceTable:
         """The device's copy of the table, with what has changed since the last step."""

@@ -25,7 +25,7 @@ from heddle_server.engine.joined_linear import unnested_state
 logger = logging.getLogger(__name__)
 
 DENSE_FROM_TOKENS = 64  # for our GPU kernels, by the roofline of a H200, where the arithmetic of 4-bit weights begins
-TRIED_TOKENS = (8, 16, 32, 64, 128)  # on a CPU the machine is asked
+TRIED_TOKENS = (8, 16, 32, 64, 128, 256)  # on a CPU the machine is asked
 NUM_TRIALS = 3
 
 
@@ -54,12 +54,13 @@ class BaseLinears:
             return linear
         if linear.bias is not None:
             linear.bias.data = linear.bias.data.to(self._dtype)  # as bitsandbytes does when it first computes
-        is_repacked = linear.weight.device.type == "cpu" and linear.support_avx512bf16_for_cpu
+        on_cpu = linear.weight.device.type == "cpu"
         computed = self._fused(linear)
-        if not (self._keep_dense or (is_repacked and computed is linear)):
+        is_for_few = computed is not linear or linear.support_avx512bf16_for_cpu
+        if not (self._keep_dense or (on_cpu and is_for_few)):
             return computed
-        made = DenseForMany(computed, self._dense(linear), self._crossover)
-        if is_repacked:
+        made = DenseForMany(computed, self._dense(linear, computed is linear), self._crossover)
+        if on_cpu and is_for_few:
             self._on_cpu.append(made)
         return made
 
@@ -72,17 +73,18 @@ class BaseLinears:
         for reason, count in self._left.items():
             logger.info("bitsandbytes computes %d linears: %s", count, reason)
 
-    def _dense(self, linear: Any) -> WriteOut | Kept:
+    def _dense(self, linear: Any, is_repacked: bool) -> WriteOut | Kept:
+        """is_repacked: the first forward of this linear reorders its bytes."""
         weight, state = linear.weight.data, linear.weight.quant_state
         if self._keep_dense:
             return Kept(WriteOut(weight, state, self._dtype)())
-        return WriteOut(weight.clone(), state, self._dtype)  # of its own: repacking changes the linear's
+        return WriteOut(weight.clone() if is_repacked else weight, state, self._dtype)
 
     def _fused(self, linear: Any) -> nn.Module:
         if self._make_nf4 is None:
             return linear  # type: ignore[no-any-return]
         try:
-            fused: nn.Module = self._make_nf4(linear.weight.data, linear.weight.quant_state, linear.bias)
+            fused: nn.Module = self._make_nf4(linear.weight.data, linear.weight.quant_state, linear.bias, self._dtype)
         except UnsupportedWeight as error:
             self._left[str(error)] += 1
             return linear  # type: ignore[no-any-return]

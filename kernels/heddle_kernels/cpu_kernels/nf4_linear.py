@@ -1,0 +1,54 @@
+"""A linear layer over 4-bit weights on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from heddle_kernels.cpu_kernels.bits import as_stored
+from heddle_kernels.cpu_kernels.nf4_panels import Nf4Panels
+from heddle_kernels.cpu_kernels.nf4_product import MOST_ROWS, multiply
+from heddle_kernels.cpu_kernels.team import new_tasks, team_size
+from heddle_kernels.cpu_kernels.vectors import BLOCK_PAIRS, PANEL, has_tiles
+
+# On tiles a token costs next to nothing beside decoding; one or two are faster without.
+TILES_FROM_TOKENS = 3
+
+
+class CpuNf4Linear(nn.Module):
+    """Takes the place of a base's linear; computes in bfloat16."""
+
+    weight: Tensor  # where modelling code looks for a device
+    bias: Tensor | None
+
+    def __init__(self, panels: Nf4Panels, bias: Tensor | None) -> None:
+        super().__init__()
+        self._words, self._scales = panels.words, panels.scales
+        self.register_buffer("weight", panels.memory, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.in_features = panels.in_features
+        self.out_features = panels.out_features
+        self.quantized_bytes = panels.size_bytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] bfloat16 -> [..., out_features]"""
+        flat = x.reshape(-1, self.in_features).contiguous()
+        y = x.new_empty(len(flat), self.out_features)
+        num_threads = team_size()
+        multiply(
+            num_threads,
+            new_tasks(),
+            as_stored(flat),
+            self._words,
+            self._scales,
+            _NO_BIAS if self.bias is None else as_stored(self.bias),
+            has_tiles() and len(flat) >= TILES_FROM_TOKENS,
+            np.empty((num_threads, 2, BLOCK_PAIRS, PANEL, 2), np.uint16),
+            np.empty((num_threads, 2, MOST_ROWS, PANEL), np.float32),
+            as_stored(y),
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+_NO_BIAS = as_stored(torch.empty(0, dtype=torch.bfloat16))
