@@ -16,9 +16,9 @@ from heddle_kernels.site_group import SiteGroup
 
 Segment = tuple[int, int, int]  # begin, end, slot
 
-# From here on torch's product of widened rows is faster, on one thread of a Sapphire Rapids: 8 adapters of rank 16 at
-# the sites of Qwen2.5-0.5B take 0.65 times as long compiled at 16 tokens each, and as long either way at 32.
-LONG_SEGMENT_TOKENS = 32
+# From here on torch's product of widened rows is the faster for large ranks. At q/k/v and down of Qwen2.5-0.5B, on two
+# threads of a Sapphire Rapids, 128 tokens of one adapter take 0.6 times as long compiled at rank 16, 1.15 times at 64.
+LONG_SEGMENT_TOKENS = 128
 
 
 @dataclass(frozen=True)

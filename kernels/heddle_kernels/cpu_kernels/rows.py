@@ -42,7 +42,7 @@ def shrink_segments(
 ) -> None:
     """Semantics: h_g = gain · act(x_g A_gᵀ + c) over all rows of a group of sites.
 
-    num_parts of a segment's rows are computed by themselves, by whichever thread is free.
+    num_parts of every segment are computed by themselves, by whichever thread is free.
     x [num_tokens, in_features]; segments [num_segments, 3] (begin, end, slot); rows flat; the others as in RowTable;
     wide [num_threads, 4, in_features] is room to work in; h flat, each segment [tokens, rows] row-major, one after
     another.
@@ -82,14 +82,26 @@ def _shrink_parts(
         h_segment = h[segment_begin : segment_begin + num_values].reshape(end - begin, num_rows)
         for i in range(num_parts):
             if part == mine:
-                row, stop = i * num_rows // num_parts, (i + 1) * num_rows // num_parts
+                token, token_stop, row, row_stop = _part(i, num_parts, end - begin, num_rows)
                 heap = first[slot, first_site] + row
-                h_part = h_segment[:, row:stop]
-                _shrink_segment(x[begin:end], rows, a_offset[heap : heap + stop - row], room, h_part)
+                h_part = h_segment[token:token_stop, row:row_stop]
+                x_part = x[begin + token : begin + token_stop]
+                _shrink_segment(x_part, rows, a_offset[heap : heap + row_stop - row], room, h_part)
                 activate(h_part, gain[heap:], c[heap:], activation[heap:])
                 mine = next_task(tasks)
             part += 1
         segment_begin += num_values
+
+
+@compiled
+def _part(i: int, num_parts: int, num_tokens: int, width: int) -> tuple[int, int, int, int]:
+    """A part of a segment: bounds of its tokens, and of its rows or outputs. Many tokens are shared out, so that each
+    part reads all rows from the cache; of few, each part has all, and reads rows that no other reads."""
+    if num_tokens < 4 * num_parts:
+        return 0, num_tokens, i * width // num_parts, (i + 1) * width // num_parts
+    begin = i * num_tokens // num_parts // 4 * 4
+    end = num_tokens if i == num_parts - 1 else (i + 1) * num_tokens // num_parts // 4 * 4
+    return begin, end, 0, width
 
 
 @compiled
@@ -174,7 +186,7 @@ def expand_segments(
 ) -> None:
     """Semantics: y_g = out_scale · (y_g − b0) + b0 + bias + h_g B_g at each site of a group, in place.
 
-    num_parts of a site's outputs are computed by themselves, by whichever thread is free.
+    num_parts of every segment at a site are computed by themselves, by whichever thread is free.
     y [num_tokens, sum of out_features], where y is the base's W x + b0; h as `shrink_segments` wrote it; rows and
     vectors flat; out_features [num_sites]; base_bias b0 [sum of out_features], or empty;
     total [num_threads, tokens of the longest segment x largest of out_features] is room to work in.
@@ -221,14 +233,15 @@ def _expand_parts(
             for i in range(num_parts):
                 if part == mine:
                     if is_changed:
-                        at, stop = i * width // num_parts, (i + 1) * width // num_parts
-                        heap, column = first[slot, site], site_begin + at
-                        sums = room[: (end - begin) * (stop - at)].reshape(end - begin, stop - at)
-                        _sum_rows(h_segment, h_column, rows, b_offset[heap : heap + num_rows], at, sums)
+                        token, token_stop, at, stop = _part(i, num_parts, end - begin, width)
+                        heap, column, num_tokens = first[slot, site], site_begin + at, token_stop - token
+                        sums = room[: num_tokens * (stop - at)].reshape(num_tokens, stop - at)
+                        h_part, y_part = h_segment[token:token_stop], y[begin + token : begin + token_stop]
+                        _sum_rows(h_part, h_column, rows, b_offset[heap : heap + num_rows], at, sums)
                         b0 = base_bias[column : site_begin + stop]
                         scale = vectors[scale_begin + at : scale_begin + stop] if scale_begin >= 0 else vectors[:0]
                         site_bias = vectors[bias_begin + at : bias_begin + stop] if bias_begin >= 0 else vectors[:0]
-                        finish(y[begin:end], column, sums, b0, scale, site_bias)
+                        finish(y_part, column, sums, b0, scale, site_bias)
                     mine = next_task(tasks)
                 part += 1
             site_begin += width

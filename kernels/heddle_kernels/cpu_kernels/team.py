@@ -1,7 +1,7 @@
 """One kernel on several threads: torch's own, so that two pools never fight over the cores.
 
-torch computes on the threads of OpenMP, which wait for more work for a while before they sleep. A second pool would have
-to take the cores from them; a kernel that asks OpenMP itself finds them ready. A round costs about 2 µs.
+torch computes on the threads of OpenMP, which wait for more work for a while before they sleep. A second pool would
+have to take the cores from them; a kernel that asks OpenMP itself finds them ready. A round costs about 2 µs.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ next_task = intrinsic(_taking(_NEXT_TASK))  # tasks -> the number of a task that
 next_member = intrinsic(_taking(_NEXT_MEMBER))  # tasks -> this thread's number in the team, to be asked once
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-def _alone(member: int, shared: int, _num_threads: int, _flags: int) -> None:
+def _run_alone(member: int, shared: int, _num_threads: int, _flags: int) -> None:
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(member)(shared)
 
 
+_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(_run_alone)
 if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):  # a torch without OpenMP
     binding.add_symbol("GOMP_parallel", ctypes.cast(_alone, ctypes.c_void_p).value)

@@ -78,6 +78,8 @@ class KvCache:
     def remember(self, sequence: Sequence) -> None:
         """Enter the pages that the last step has filled into the cache."""
         num_full = sequence.num_computed // self._page_tokens
+        if num_full == sequence.num_entered:
+            return
         self._extend_keys(sequence, num_full * self._page_tokens)
         filled = range(sequence.num_entered, num_full)
         sequence.num_entered = num_full

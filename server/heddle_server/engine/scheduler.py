@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 from heddle_adapters.residency import Residency, TenantShareFull
 from heddle_adapters.run_allocator import OutOfSpace
@@ -25,17 +26,12 @@ MAX_OVERTAKEN = 32  # requests that may start while an older one waits for room
 MAX_SHORT_OF_ROOM = 32  # requests a step that are tried in vain; looking for pages costs more than a table look-up
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The part of a sequence that one step computes."""
 
     sequence: Sequence
     num_tokens: int
     completes: bool  # whether all known tokens are computed after it, so that a new token can be sampled
-
-    @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int) -> Chunk:
-        return cls(sequence, num_tokens, completes=num_tokens == sequence.num_pending)
 
 
 @dataclass
@@ -258,7 +254,7 @@ class Scheduler:
         """Put a chunk into the plan and on its tenant's account."""
         num_generated = 1 if sequence.is_decoding else 0
         self._counters.charge(sequence.request.tenant, num_tokens - num_generated, num_generated)
-        plan.chunks.append(Chunk.of(sequence, num_tokens))
+        plan.chunks.append(Chunk(sequence, num_tokens, completes=num_tokens == sequence.num_pending))
 
     def _fail(self, sequence: Sequence, error: Exception, plan: StepPlan) -> None:
         self._leave_queue(sequence)

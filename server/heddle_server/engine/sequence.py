@@ -34,6 +34,10 @@ class Sequence:
     started_at: float | None = None  # when it was first admitted
     load_seconds: float = 0.0  # of the time between, until its adapter was on the device
     num_overtaken: int = 0  # requests that were started while this one waited for room
+    num_prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
 
     @classmethod
     def of(cls, request: Request, max_model_len: int = sys.maxsize) -> Sequence:
@@ -44,10 +48,6 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids) + self.num_unread
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_generated(self) -> int:
@@ -62,8 +62,9 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens known but not computed: one while decoding, more while prefilling."""
-        return self.num_tokens - self.num_computed
+        return len(self.token_ids) + self.num_unread - self.num_computed
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_pending == 1 and self.num_tokens > self.num_prompt_tokens
+        num_tokens = self.num_tokens
+        return num_tokens - self.num_computed == 1 and num_tokens > self.num_prompt_tokens

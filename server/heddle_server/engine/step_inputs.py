@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heddle_kernels.paged_batch import PagedBatch
 from heddle_server.engine.scheduler import Chunk
+from heddle_server.engine.sequence import empty_pages
 
 UNREAD = 0  # stands for a token until the device puts the right one there
 ALIGNMENT_BYTES = 16  # of every array in the buffer that is copied
@@ -40,25 +41,18 @@ class StepInputs:
         """
         bounds = (0, *accumulate(chunk.num_tokens for chunk in chunks))
         lengths = tuple(chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks)
-        positions = np.empty(bounds[-1], np.int64)
-        token_ids, write_slot = np.empty_like(positions), np.empty_like(positions)
-        page_table = np.zeros((len(chunks), -(-max(lengths) // page_tokens)), np.int32)
-        for row, (chunk, begin) in enumerate(zip(chunks, bounds, strict=False)):
-            sequence, computed, num_new = chunk.sequence, chunk.sequence.num_computed, chunk.num_tokens
-            num_pages = -(-lengths[row] // page_tokens)
-            pages = np.frombuffer(sequence.pages, np.int32, num_pages)
-            page_table[row, :num_pages] = pages
-            if num_new == 1:  # nearly always
-                token_ids[begin] = sequence.token_ids[computed] if computed < len(sequence.token_ids) else UNREAD
-                positions[begin] = computed
-                write_slot[begin] = pages[computed // page_tokens] * page_tokens + computed % page_tokens
-            else:
-                new = np.arange(computed, computed + num_new)
-                token_ids[begin : begin + num_new] = sequence.token_ids[computed : computed + num_new]
-                positions[begin : begin + num_new] = new
-                write_slot[begin : begin + num_new] = (
-                    pages[new // page_tokens].astype(np.int64) * page_tokens + new % page_tokens
-                )
+        num_columns = max(len(chunk.sequence.pages) for chunk in chunks)
+        token_ids, pages = list[int](), empty_pages()
+        for (sequence, num_new, _), length in zip(chunks, lengths, strict=True):
+            token_ids += sequence.token_ids[length - num_new : length] or [UNREAD]
+            pages += sequence.pages
+            pages.extend(repeat(0, num_columns - len(sequence.pages)))
+        page_table = np.frombuffer(pages, np.int32).reshape(len(chunks), num_columns)
+        num_new_tokens = np.diff(bounds)
+        # How far a token of the sequence lies behind its place in the batch is the same for a whole chunk.
+        positions = np.arange(bounds[-1]) + np.repeat(np.subtract(lengths, bounds[1:]), num_new_tokens)
+        page = page_table[np.repeat(np.arange(len(chunks)), num_new_tokens), positions // page_tokens]
+        write_slot = page.astype(np.int64) * page_tokens + positions % page_tokens
         source_of = {id(chunk.sequence): source for source, chunk in enumerate(previous)}
         unread = [
             (row, source_of[id(chunk.sequence)])
@@ -68,7 +62,7 @@ class StepInputs:
         last_rows = [end - 1 for chunk, end in zip(chunks, bounds[1:], strict=True) if chunk.completes]
         tensors = to_device(
             {
-                "token_ids": token_ids,
+                "token_ids": np.array(token_ids, np.int64),
                 "positions": positions,
                 "logit_rows": np.array(last_rows or [0], np.int64),  # the head is never asked for nothing
                 "unread_rows": np.array([row for row, _ in unread], np.int64),
