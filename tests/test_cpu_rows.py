@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ OTHER = Site("other", "linear", 8, 8, has_bias=False)
 SITES = tuple(Site(f"site{j}", "linear", IN_FEATURES, width, has_bias=True) for j, width in enumerate(WIDTHS))
 LAYOUT = layout_of(OTHER, *SITES)
 GROUP = SiteGroup(1, IN_FEATURES, WIDTHS)  # not from the first site on, so that a wrong number shows
-ONE_OF_EACH_LENGTH = [3, 1, 4, 1, 40, 2]  # tokens of each run; 40 go through torch's matrix product
+ONE_OF_EACH_LENGTH = [3, 1, 37, 1, 140, 2]  # tokens of each run; 140 go through torch's matrix product
 
 POPULARITY: dict[str, list[int]] = {  # which of the placed adapters each run of tokens uses
     "distinct": [0, 1, 2, 3, 4, 5],
@@ -206,7 +207,7 @@ def test_base_tokens_are_untouched_bit_for_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", OPERATION, ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+@pytest.mark.parametrize("num_tokens", [1, 5, 40, 140])
 def test_neighbours_change_no_bit(num_tokens: int, dtype: torch.dtype) -> None:
     world = random_world([5, 64, 17], dtype)
     slot = world.slots[0]
@@ -217,6 +218,26 @@ def test_neighbours_change_no_bit(num_tokens: int, dtype: torch.dtype) -> None:
         padded_x, padded_y = (functional.pad(states, (0, 0, before, after), value=9.0) for states in (x, y))
         among = run(world, padded_x, padded_y, None, Segments.from_runs(runs), GROUP)
         assert torch.equal(among[before : before + num_tokens], alone)
+
+
+@pytest.mark.parametrize("dtype", OPERATION, ids=str)
+def test_threads_change_no_bit(dtype: torch.dtype, num_torch_threads: Callable[[int], None]) -> None:
+    """More parts than threads, in every direction: tokens, rows and outputs."""
+    generator, wide = np.random.default_rng(3), Site("wide", "linear", IN_FEATURES, 2500, has_bias=True)
+    layout = layout_of(wide)
+    rows, _ = make_rows(layout, dtype, num_pages=12000)
+    slot = place(rows, pack(layout, dtype, [full_update(wide, 50, generator)])).slot
+    group, segments = SiteGroup(0, IN_FEATURES, (2500,)), Segments.from_runs([(BASE_SLOT, 1), (slot, 1), (slot, 37)])
+    x, y = torch.randn(39, IN_FEATURES).to(dtype), torch.randn(39, 2500).to(dtype)
+    outputs, ops = list[Tensor](), CpuOps()
+    for num_threads in (1, 2, 3):
+        num_torch_threads(num_threads)
+        plan = ops.plan_rows(rows.rows, rows.vectors, rows.table, segments)
+        outputs.append(y.clone())
+        ops.expand_add(outputs[-1], ops.shrink(x, plan, group), plan, group, None)
+    assert not torch.equal(outputs[0], y)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
 
 
 def test_long_and_short_segments_agree(monkeypatch: pytest.MonkeyPatch) -> None:

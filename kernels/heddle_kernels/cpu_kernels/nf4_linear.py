@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from heddle_kernels.cpu_kernels.bits import as_stored
 from heddle_kernels.cpu_kernels.nf4_panels import Nf4Panels
-from heddle_kernels.cpu_kernels.nf4_product import MOST_ROWS, multiply
+from heddle_kernels.cpu_kernels.nf4_product import MOST_ROWS, multiply_by_tiles, multiply_by_vectors
 from heddle_kernels.cpu_kernels.team import new_tasks, team_size
 from heddle_kernels.cpu_kernels.vectors import BLOCK_PAIRS, PANEL, has_tiles
 
@@ -36,18 +35,15 @@ class CpuNf4Linear(nn.Module):
         flat = x.reshape(-1, self.in_features).contiguous()
         y = x.new_empty(len(flat), self.out_features)
         num_threads = team_size()
-        multiply(
-            num_threads,
-            new_tasks(),
-            as_stored(flat),
-            self._words,
-            self._scales,
-            _NO_BIAS if self.bias is None else as_stored(self.bias),
-            has_tiles() and len(flat) >= TILES_FROM_TOKENS,
-            np.empty((num_threads, 2, BLOCK_PAIRS, PANEL, 2), np.uint16),
-            np.empty((num_threads, 2, MOST_ROWS, PANEL), np.float32),
-            as_stored(y),
-        )
+        bias = _NO_BIAS if self.bias is None else as_stored(self.bias)
+        given = (num_threads, new_tasks(), as_stored(flat), self._words, self._scales, bias)
+        # torch begins memory on a cache line, as numpy does not, and a vector that lies in two lines costs twice.
+        sums = torch.empty(num_threads, 2, MOST_ROWS, PANEL).numpy()
+        if has_tiles() and len(flat) >= max(TILES_FROM_TOKENS, 1):
+            pairs = as_stored(x.new_empty(num_threads, 2, BLOCK_PAIRS, PANEL, 2))
+            multiply_by_tiles(*given, pairs, sums, as_stored(y))
+        else:
+            multiply_by_vectors(*given, sums, as_stored(y))
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -47,6 +47,11 @@ class Nf4Panels:
         scales = absmax.view(num_panels, PANEL, num_blocks).transpose(1, 2).contiguous().view(torch.uint8)
         return cls(torch.cat([codes, scales], dim=-1), rows.shape[1] * 2, state.shape[0])
 
+    @classmethod
+    def zeros(cls, in_features: int, out_features: int) -> Nf4Panels:
+        num_panels, num_blocks = -(-out_features // PANEL), in_features // BLOCK_WEIGHTS
+        return cls(torch.zeros(num_panels, num_blocks, BLOCK_BYTES, dtype=torch.uint8), in_features, out_features)
+
     @property
     def size_bytes(self) -> int:
         return self.memory.nbytes

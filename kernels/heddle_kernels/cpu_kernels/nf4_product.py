@@ -27,70 +27,85 @@ from heddle_kernels.cpu_kernels.vectors import (
 
 PANELS_PER_TASK = 8
 MOST_ROWS = 64  # that share one decoding: their sums stay in the first-level cache
+_ROWS_BY_VECTORS = 8  # that share one decoding: their sums stay in registers
 _BLOCK = 64  # input features that share a scale
 _HALF = _BLOCK // 2  # and that a tile holds
 
 
 @compiled
-def multiply(
+def multiply_by_vectors(
     num_threads: int,
     tasks: Tasks,
     x: Stored,
     words: Stored,
     scales: Floats,
     bias: Stored,
-    with_tiles: bool,
-    pair_room: Stored,
     float_room: Floats,
     y: Stored,
 ) -> None:
     """Semantics: y = x Wᵀ + bias, summed in float32 and rounded once.
 
     x [num_tokens, in_features], y [num_tokens, out_features], bias [out_features] or empty, all bfloat16; words and
-    scales as in Nf4Panels; with_tiles: on the processor's matrix tiles, which has to have them.
-    To work in, of each thread: pair_room [BLOCK_PAIRS, PANEL, 2], float_room [2, MOST_ROWS, PANEL].
+    scales as in Nf4Panels; float_room [num_threads, 2, MOST_ROWS, PANEL] to work in.
     """
-    if with_tiles:
-        in_parallel(num_threads, _with_tiles, (tasks, x, words, scales, bias, pair_room, float_room, y))
-    else:
-        in_parallel(num_threads, _with_vectors, (tasks, x, words, scales, bias, float_room, y))
+    in_parallel(num_threads, _by_vectors, (tasks, x, words, scales, bias, float_room, y))
 
 
 @compiled
-def _with_vectors(
+def multiply_by_tiles(
+    num_threads: int,
+    tasks: Tasks,
+    x: Stored,
+    words: Stored,
+    scales: Floats,
+    bias: Stored,
+    pair_room: Stored,
+    float_room: Floats,
+    y: Stored,
+) -> None:
+    """As `multiply_by_vectors`, where there are tiles; pair_room [num_threads, 2, BLOCK_PAIRS, PANEL, 2] as well."""
+    in_parallel(num_threads, _by_tiles, (tasks, x, words, scales, bias, pair_room, float_room, y))
+
+
+@compiled
+def _by_vectors(
     tasks: Tasks, x: Stored, words: Stored, scales: Floats, bias: Stored, float_room: Floats, y: Stored
 ) -> None:
-    num_tokens, in_features = x.shape
-    totals = float_room[next_member(tasks), 0]
+    totals = float_room[next_member(tasks), 0, :_ROWS_BY_VECTORS]
     while True:
         first = next_task(tasks) * PANELS_PER_TASK
         if first >= words.shape[0]:
             return
         for panel in range(first, min(first + PANELS_PER_TASK, words.shape[0])):
-            for token in range(0, num_tokens, 8):
-                num_rows = min(num_tokens - token, 8)
-                totals[:num_rows] = 0
+            for token in range(0, x.shape[0], _ROWS_BY_VECTORS):
+                rows = x[token : token + _ROWS_BY_VECTORS]
+                totals[:] = 0
                 for block in range(words.shape[1]):
-                    here, codes, scale = x[token, block * _BLOCK :], words[panel, block], scales[panel, block]
-                    if num_rows == 8:
-                        multiply_block_8(here, codes, scale, totals, in_features)
-                    else:
-                        row = 0
-                        if num_rows & 4:
-                            multiply_block_4(here, codes, scale, totals, in_features)
-                            row = 4
-                        if num_rows & 2:
-                            here = x[token + row, block * _BLOCK :]
-                            multiply_block_2(here, codes, scale, totals[row:], in_features)
-                            row += 2
-                        if num_rows & 1:
-                            here = x[token + row, block * _BLOCK :]
-                            multiply_block_1(here, codes, scale, totals[row:], in_features)
-                _finish(totals[:num_rows], panel, bias, y[token:])
+                    _add_block(rows, block, words[panel, block], scales[panel, block], totals)
+                _finish(totals[: rows.shape[0]], panel, bias, y[token:])
 
 
 @compiled
-def _with_tiles(
+def _add_block(x: Stored, block: int, words: Stored, scales: Floats, totals: Floats) -> None:
+    """x [at most 8, in_features], of which one block is multiplied -> totals [8, PANEL]."""
+    num_rows, in_features = x.shape
+    here = x[0, block * _BLOCK :]
+    if num_rows == 8:
+        multiply_block_8(here, words, scales, totals, in_features)
+        return
+    row = 0
+    if num_rows & 4:
+        multiply_block_4(here, words, scales, totals, in_features)
+        row = 4
+    if num_rows & 2:
+        multiply_block_2(x[row, block * _BLOCK :], words, scales, totals[row:], in_features)
+        row += 2
+    if num_rows & 1:
+        multiply_block_1(x[row, block * _BLOCK :], words, scales, totals[row:], in_features)
+
+
+@compiled
+def _by_tiles(
     tasks: Tasks,
     x: Stored,
     words: Stored,

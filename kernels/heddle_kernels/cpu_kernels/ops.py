@@ -19,7 +19,13 @@ from heddle_kernels.cpu_kernels.nf4_linear import CpuNf4Linear
 from heddle_kernels.cpu_kernels.nf4_panels import Nf4Panels
 from heddle_kernels.cpu_kernels.prompt_attention import attend_prompt
 from heddle_kernels.cpu_kernels.row_plan import CpuRowPlan
-from heddle_kernels.cpu_kernels.rows import expand_segments, scale_segments, shrink_segments
+from heddle_kernels.cpu_kernels.rows import (
+    OUTPUTS_OF_PART,
+    TOKENS_OF_PART,
+    expand_segments,
+    scale_segments,
+    shrink_segments,
+)
 from heddle_kernels.cpu_kernels.team import new_tasks, team_size
 from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
 from heddle_kernels.cpu_kernels.warm_up import warm_up
@@ -76,7 +82,6 @@ class CpuOps:
             shrink_segments(
                 num_threads,
                 new_tasks(),
-                _num_parts(plan, num_threads),
                 as_stored(x.contiguous()),
                 plan.short_segments,
                 plan.rows,
@@ -107,7 +112,6 @@ class CpuOps:
             expand_segments(
                 num_threads,
                 new_tasks(),
-                _num_parts(plan, num_threads),
                 changed,
                 h,
                 plan.short_segments,
@@ -121,7 +125,7 @@ class CpuOps:
                 group.first_site,
                 np.array(group.out_features),
                 b0,
-                np.empty((num_threads, plan.most_short_tokens * max(group.out_features)), np.float32),
+                np.empty((num_threads, TOKENS_OF_PART * OUTPUTS_OF_PART), np.float32),
             )
             read = plan.num_short_values(group)
         for segment in plan.long_segments:
@@ -187,11 +191,6 @@ class CpuOps:
                         query[begin:end], kv, pages, length, scaling, sliding_window, softcap, sinks
                     )
         return out
-
-
-def _num_parts(plan: CpuRowPlan, num_threads: int) -> int:
-    """Into how many parts a segment is divided: enough for all threads to be busy until the end."""
-    return -(-4 * num_threads // len(plan.short_segments)) if num_threads > 1 else 1
 
 
 def _flat(kv: Tensor) -> Stored:

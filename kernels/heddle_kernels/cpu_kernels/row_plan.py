@@ -28,7 +28,6 @@ class CpuRowPlan:
     segments: Longs  # [num_segments, 3] (begin, end, slot), of adapters only
     short_segments: Longs  # [num_short, 3], those of few tokens
     long_segments: tuple[Segment, ...]  # those of LONG_SEGMENT_TOKENS and more
-    most_short_tokens: int  # of any short segment
     num_values_before: tuple[int, ...]  # [num_sites + 1], of h at all sites before
     num_short_before: tuple[int, ...]  # the same of the short segments alone
     scaled_sites: frozenset[int]  # whose input some segment scales
@@ -56,7 +55,6 @@ class CpuRowPlan:
             segments=used,
             short_segments=used[~is_long],
             long_segments=tuple((begin, end, slot) for begin, end, slot in used[is_long].tolist()),
-            most_short_tokens=int(num_tokens[~is_long].max(initial=0)),
             num_values_before=(0, *accumulate((num_tokens @ num_rows).tolist())),
             num_short_before=(0, *accumulate((num_tokens[~is_long] @ num_rows[~is_long]).tolist())),
             scaled_sites=frozenset(np.flatnonzero((in_scale[slots] >= 0).any(axis=0)).tolist()),

@@ -18,6 +18,12 @@ Longs = NDArray[np.int64]
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.int8]
 
+# Parts of a segment that are computed by themselves, by whichever thread is free. Their bounds depend on nothing but
+# the segment, so that no bit of an answer depends on its neighbours or on the number of threads.
+TOKENS_OF_PART = 16
+ROWS_OF_PART = 16
+OUTPUTS_OF_PART = 1024
+
 _ZERO = np.float32(0)
 
 
@@ -25,7 +31,6 @@ _ZERO = np.float32(0)
 def shrink_segments(
     num_threads: int,
     tasks: Tasks,
-    num_parts: int,
     x: Stored,
     segments: Longs,
     rows: Stored,
@@ -42,7 +47,6 @@ def shrink_segments(
 ) -> None:
     """Semantics: h_g = gain · act(x_g A_gᵀ + c) over all rows of a group of sites.
 
-    num_parts of every segment are computed by themselves, by whichever thread is free.
     x [num_tokens, in_features]; segments [num_segments, 3] (begin, end, slot); rows flat; the others as in RowTable;
     wide [num_threads, 4, in_features] is room to work in; h flat, each segment [tokens, rows] row-major, one after
     another.
@@ -51,7 +55,7 @@ def shrink_segments(
         num_threads,
         _shrink_parts,
         (
-            tasks, num_parts, x, segments, rows, first, count, a_offset, gain, c, activation,
+            tasks, x, segments, rows, first, count, a_offset, gain, c, activation,
             first_site, num_sites, wide, h,
         ),
     )  # fmt: skip
@@ -60,7 +64,6 @@ def shrink_segments(
 @compiled
 def _shrink_parts(
     tasks: Tasks,
-    num_parts: int,
     x: Stored,
     segments: Longs,
     rows: Stored,
@@ -80,28 +83,17 @@ def _shrink_parts(
         num_rows = rows_of_group(count, slot, first_site, num_sites)
         num_values = (end - begin) * num_rows
         h_segment = h[segment_begin : segment_begin + num_values].reshape(end - begin, num_rows)
-        for i in range(num_parts):
-            if part == mine:
-                token, token_stop, row, row_stop = _part(i, num_parts, end - begin, num_rows)
-                heap = first[slot, first_site] + row
-                h_part = h_segment[token:token_stop, row:row_stop]
-                x_part = x[begin + token : begin + token_stop]
-                _shrink_segment(x_part, rows, a_offset[heap : heap + row_stop - row], room, h_part)
-                activate(h_part, gain[heap:], c[heap:], activation[heap:])
-                mine = next_task(tasks)
-            part += 1
+        for token in range(0, end - begin, TOKENS_OF_PART):
+            for row in range(0, num_rows, ROWS_OF_PART):
+                if part == mine:
+                    heap = first[slot, first_site] + row
+                    h_part = h_segment[token : token + TOKENS_OF_PART, row : row + ROWS_OF_PART]
+                    x_part = x[begin + token : begin + token + h_part.shape[0]]
+                    _shrink_segment(x_part, rows, a_offset[heap : heap + h_part.shape[1]], room, h_part)
+                    activate(h_part, gain[heap:], c[heap:], activation[heap:])
+                    mine = next_task(tasks)
+                part += 1
         segment_begin += num_values
-
-
-@compiled
-def _part(i: int, num_parts: int, num_tokens: int, width: int) -> tuple[int, int, int, int]:
-    """A part of a segment: bounds of its tokens, and of its rows or outputs. Many tokens are shared out, so that each
-    part reads all rows from the cache; of few, each part has all, and reads rows that no other reads."""
-    if num_tokens < 4 * num_parts:
-        return 0, num_tokens, i * width // num_parts, (i + 1) * width // num_parts
-    begin = i * num_tokens // num_parts // 4 * 4
-    end = num_tokens if i == num_parts - 1 else (i + 1) * num_tokens // num_parts // 4 * 4
-    return begin, end, 0, width
 
 
 @compiled
@@ -168,7 +160,6 @@ def act(value: np.float32, number: int) -> np.float32:
 def expand_segments(
     num_threads: int,
     tasks: Tasks,
-    num_parts: int,
     y: Stored,
     h: Floats,
     segments: Longs,
@@ -186,16 +177,15 @@ def expand_segments(
 ) -> None:
     """Semantics: y_g = out_scale · (y_g − b0) + b0 + bias + h_g B_g at each site of a group, in place.
 
-    num_parts of every segment at a site are computed by themselves, by whichever thread is free.
     y [num_tokens, sum of out_features], where y is the base's W x + b0; h as `shrink_segments` wrote it; rows and
     vectors flat; out_features [num_sites]; base_bias b0 [sum of out_features], or empty;
-    total [num_threads, tokens of the longest segment x largest of out_features] is room to work in.
+    total [num_threads, TOKENS_OF_PART x OUTPUTS_OF_PART] is room to work in.
     """
     in_parallel(
         num_threads,
         _expand_parts,
         (
-            tasks, num_parts, y, h, segments, rows, vectors, first, count, b_offset, out_scale, bias,
+            tasks, y, h, segments, rows, vectors, first, count, b_offset, out_scale, bias,
             first_site, out_features, base_bias, total,
         ),
     )  # fmt: skip
@@ -204,7 +194,6 @@ def expand_segments(
 @compiled
 def _expand_parts(
     tasks: Tasks,
-    num_parts: int,
     y: Stored,
     h: Floats,
     segments: Longs,
@@ -230,20 +219,20 @@ def _expand_parts(
             site = first_site + j
             num_rows, scale_begin, bias_begin = count[slot, site], out_scale[slot, site], bias[slot, site]
             is_changed = num_rows > 0 or scale_begin >= 0 or bias_begin >= 0
-            for i in range(num_parts):
-                if part == mine:
-                    if is_changed:
-                        token, token_stop, at, stop = _part(i, num_parts, end - begin, width)
-                        heap, column, num_tokens = first[slot, site], site_begin + at, token_stop - token
+            heap = first[slot, site]
+            for token in range(0, end - begin if is_changed else 0, TOKENS_OF_PART):
+                for at in range(0, width, OUTPUTS_OF_PART):
+                    if part == mine:
+                        h_part, stop = h_segment[token : token + TOKENS_OF_PART], min(at + OUTPUTS_OF_PART, width)
+                        num_tokens, column = h_part.shape[0], site_begin + at
                         sums = room[: num_tokens * (stop - at)].reshape(num_tokens, stop - at)
-                        h_part, y_part = h_segment[token:token_stop], y[begin + token : begin + token_stop]
                         _sum_rows(h_part, h_column, rows, b_offset[heap : heap + num_rows], at, sums)
                         b0 = base_bias[column : site_begin + stop]
                         scale = vectors[scale_begin + at : scale_begin + stop] if scale_begin >= 0 else vectors[:0]
                         site_bias = vectors[bias_begin + at : bias_begin + stop] if bias_begin >= 0 else vectors[:0]
-                        finish(y_part, column, sums, b0, scale, site_bias)
-                    mine = next_task(tasks)
-                part += 1
+                        finish(y[begin + token : begin + token + num_tokens], column, sums, b0, scale, site_bias)
+                        mine = next_task(tasks)
+                    part += 1
             site_begin += width
             h_column += num_rows
         segment_begin = segment_end

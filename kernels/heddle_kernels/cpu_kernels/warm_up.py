@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from heddle_kernels.cpu_kernels import elementwise
+from heddle_kernels.cpu_kernels.nf4_linear import TILES_FROM_TOKENS, CpuNf4Linear
+from heddle_kernels.cpu_kernels.nf4_panels import Nf4Panels
+from heddle_kernels.cpu_kernels.row_plan import LONG_SEGMENT_TOKENS
+from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
+from heddle_kernels.nf4_weight import BLOCK_WEIGHTS
 from heddle_kernels.ops import Ops
 from heddle_kernels.paged_batch import PagedBatch
 from heddle_kernels.row_table import RowTable
@@ -14,13 +19,15 @@ from heddle_kernels.site_group import SiteGroup
 
 WIDTH = 8
 SLOT = 0
-MANY_TOKENS = 64  # of a segment, so that it takes the way of long ones
+MANY_TOKENS = LONG_SEGMENT_TOKENS  # of a segment, so that it takes the way of long ones
 
 
 def warm_up(ops: Ops, dtype: torch.dtype) -> None:
     _run_rows(ops, dtype)
     _run_attention(ops, dtype)
     _run_elementwise(dtype)
+    if dtype == torch.bfloat16 and has_bfloat16_products():
+        _run_product()
 
 
 def _run_rows(ops: Ops, dtype: torch.dtype) -> None:
@@ -57,6 +64,12 @@ def _run_elementwise(dtype: torch.dtype) -> None:
     elementwise.rms_norm(angles, angles[0, 0], eps=1e-6)
     elementwise.rotary(states, states, angles, angles)
     elementwise.gelu_tanh_mul(angles, angles)
+
+
+def _run_product() -> None:
+    linear = CpuNf4Linear(Nf4Panels.zeros(BLOCK_WEIGHTS, WIDTH), bias=None)
+    for num_tokens in (1, TILES_FROM_TOKENS):
+        linear(_zeros(torch.bfloat16, num_tokens, BLOCK_WEIGHTS))
 
 
 def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:

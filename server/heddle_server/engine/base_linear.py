@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 DENSE_FROM_TOKENS = 64  # for our GPU kernels, by the roofline of a H200, where the arithmetic of 4-bit weights begins
 TRIED_TOKENS = (8, 16, 32, 64, 128, 256)  # on a CPU the machine is asked
 NUM_TRIALS = 3
+REPACKED_ROWS = 32  # of a weight, that bitsandbytes interleaves on a CPU (its _convert_weight_packed_for_cpu, 0.50)
 
 
 class Crossover:
@@ -56,6 +57,8 @@ class BaseLinears:
             linear.bias.data = linear.bias.data.to(self._dtype)  # as bitsandbytes does when it first computes
         on_cpu = linear.weight.device.type == "cpu"
         computed = self._fused(linear)
+        if not _can_be_repacked(linear):
+            linear.support_avx512bf16_for_cpu = False  # bitsandbytes asks for the processor alone, and then fails
         is_for_few = computed is not linear or linear.support_avx512bf16_for_cpu
         if not (self._keep_dense or (on_cpu and is_for_few)):
             return computed
@@ -89,6 +92,12 @@ class BaseLinears:
             self._left[str(error)] += 1
             return linear  # type: ignore[no-any-return]
         return fused
+
+
+def _can_be_repacked(linear: Any) -> bool:
+    """Whether bitsandbytes' own fused product on a CPU takes a weight of this shape."""
+    out_features, in_features = linear.weight.quant_state.shape
+    return bool(out_features % REPACKED_ROWS == 0 and in_features % linear.weight.quant_state.blocksize == 0)
 
 
 class WriteOut:
