@@ -18,7 +18,8 @@ from heddle_kernels.cpu_kernels import nf4_linear
 from heddle_kernels.cpu_kernels.nf4_linear import CpuNf4Linear
 from heddle_kernels.cpu_kernels.nf4_panels import BLOCK_BYTES, Nf4Panels
 from heddle_kernels.cpu_kernels.ops import CpuOps
-from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products, has_tiles
+from heddle_kernels.cpu_kernels.tiles import has_tiles
+from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
 from heddle_kernels.nf4_weight import NF4_CODE, UnsupportedWeight
 from heddle_server.engine.base_linear import BaseLinears, DenseForMany
 

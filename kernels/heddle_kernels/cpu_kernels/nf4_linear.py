@@ -9,7 +9,8 @@ from heddle_kernels.cpu_kernels.bits import as_stored
 from heddle_kernels.cpu_kernels.nf4_panels import Nf4Panels
 from heddle_kernels.cpu_kernels.nf4_product import MOST_ROWS, multiply_by_tiles, multiply_by_vectors
 from heddle_kernels.cpu_kernels.team import new_tasks, team_size
-from heddle_kernels.cpu_kernels.vectors import BLOCK_PAIRS, PANEL, has_tiles
+from heddle_kernels.cpu_kernels.tiles import has_tiles
+from heddle_kernels.cpu_kernels.vectors import BLOCK_PAIRS, PANEL
 
 # On tiles a token costs next to nothing beside decoding; one or two are faster without.
 TILES_FROM_TOKENS = 3

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from heddle_kernels.cpu_kernels.bits import Floats, Stored, compiled, narrow, widen
 from heddle_kernels.cpu_kernels.team import Tasks, in_parallel, next_member, next_task
-from heddle_kernels.cpu_kernels.vectors import (
-    PANEL,
+from heddle_kernels.cpu_kernels.tiles import (
     TILE_ROWS,
     add_scaled_tile,
     add_tile_product,
-    decode_block,
     load_tile,
-    multiply_block_1,
-    multiply_block_2,
-    multiply_block_4,
-    multiply_block_8,
     release_tiles,
     shape_tiles,
     store_tile,
     zero_tile,
+)
+from heddle_kernels.cpu_kernels.vectors import (
+    PANEL,
+    decode_block,
+    multiply_block_1,
+    multiply_block_2,
+    multiply_block_4,
+    multiply_block_8,
 )
 
 PANELS_PER_TASK = 8

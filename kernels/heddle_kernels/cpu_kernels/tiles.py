@@ -1,0 +1,143 @@
+"""AMX: matrix tiles of 16 rows by 64 bytes, and bfloat16 products of them summed in float32."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from heddle_kernels.cpu_kernels.instructions import (
+    BYTE,
+    FLOATS,
+    INT16,
+    INT32,
+    INT64,
+    POINTER,
+    VECTOR_BYTES,
+    VOID,
+    call,
+    data_of,
+    load,
+    store,
+)
+from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
+
+TILE_ROWS = 16
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether there are bfloat16 tiles (AMX) and the kernel lets this process use them, which has to be asked for.
+
+    Source: the Linux kernel's documentation of XSTATE features, `arch_prctl(ARCH_REQ_XCOMP_PERM, 18)`.
+    """
+    features = get_host_cpu_features()
+    if not (features.get("amx-tile") and features.get("amx-bf16") and has_bfloat16_products()):
+        return False
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    granted: bool = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return granted
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_scaled_tile(_context: Any, totals: Any, products: Any, scales: Any, num_rows: Any) -> Any:
+    """Semantics: totals += products · scales. totals and products [num_rows or more, PANEL]; scales [PANEL]."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        total_data, product_data, scale_data, _ = data_of(context, builder, signature, arguments)
+        scale = load(builder, scale_data, 0, FLOATS)
+        with cgutils.for_range(builder, arguments[3]) as loop:
+            offset = builder.mul(loop.index, INT64(VECTOR_BYTES))
+            total_row, product_row = builder.gep(total_data, [offset]), builder.gep(product_data, [offset])
+            total, product = load(builder, total_row, 0, FLOATS), load(builder, product_row, 0, FLOATS)
+            store(builder, call(builder, "llvm.fma.v16f32", FLOATS, product, scale, total), total_row, 0)
+        return context.get_dummy_value()
+
+    return types.void(totals, products, scales, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def shape_tiles(_context: Any, num_rows: Any) -> Any:
+    """Tiles 0, 1 and 2 get that many rows, 3 and 4 get TILE_ROWS; all have 64 bytes a row. Until `release_tiles`."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        with builder.goto_entry_block():
+            shapes = builder.alloca(ir.ArrayType(BYTE, 64))
+            shapes.align = 64
+        palette = builder.bitcast(shapes, POINTER)
+        builder.store(ir.Constant(shapes.type.pointee, None), shapes)
+        builder.store(BYTE(1), palette)
+        rows = builder.trunc(arguments[0], BYTE)
+        for tile in range(5):
+            width = builder.bitcast(builder.gep(palette, [INT32(16 + 2 * tile)]), INT16.as_pointer())
+            builder.store(INT16(VECTOR_BYTES), width)
+            builder.store(rows if tile < 3 else BYTE(TILE_ROWS), builder.gep(palette, [INT32(48 + tile)]))
+        call(builder, "llvm.x86.ldtilecfg", VOID, palette)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def release_tiles(_context: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        call(builder, "llvm.x86.tilerelease", VOID)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def load_tile(_context: Any, tile: Any, values: Any, row_bytes: Any) -> Any:
+    """A tile's rows from an array's beginning on, `row_bytes` apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, data, _ = data_of(context, builder, signature, arguments)
+        call(builder, "llvm.x86.tileloadd64", VOID, BYTE(tile.literal_value), data, arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(tile, values, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def store_tile(_context: Any, tile: Any, values: Any) -> Any:
+    """A tile's rows into an array, one right after another."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, data = data_of(context, builder, signature, arguments)
+        number, row_bytes = BYTE(tile.literal_value), INT64(VECTOR_BYTES)
+        call(builder, "llvm.x86.tilestored64", VOID, number, data, row_bytes)
+        return context.get_dummy_value()
+
+    return types.void(tile, values), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def zero_tile(_context: Any, tile: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        call(builder, "llvm.x86.tilezero", VOID, BYTE(tile.literal_value))
+        return context.get_dummy_value()
+
+    return types.void(tile), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def add_tile_product(_context: Any, total: Any, x: Any, weights: Any) -> Any:
+    """Semantics: total += x W. total float32 [rows, 16]; x bfloat16 [rows, 32]; W [16 pairs, 16, 2]: tile numbers."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        tiles = (BYTE(tile.literal_value) for tile in (total, x, weights))
+        call(builder, "llvm.x86.tdpbf16ps", VOID, *tiles)
+        return context.get_dummy_value()
+
+    return types.void(total, x, weights), generate
