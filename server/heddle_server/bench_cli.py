@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,11 @@ Adapters = Annotated[int, typer.Option(help="Adapters, on all linears.")]
 Rank = Annotated[int, typer.Option(help="Of every adapter.")]
 Kernels = Annotated[str, typer.Option(help="auto, reference, compiled or triton: heddle's own operations.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A small form: does it work at all?")]
+
+
+@app.callback()
+def before_any_command() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it regrets the absence of a hub client
 
 
 @app.command("adapters")

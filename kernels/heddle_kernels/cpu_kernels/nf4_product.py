@@ -136,17 +136,17 @@ def _by_tiles(
                 totals[: num_here * num_rows] = 0
                 for block in range(words.shape[1]):
                     decode_block(words[panel, block], pairs[block & 1])
-                    load_tile(3, pairs[block & 1, 0], PANEL * 4)
-                    load_tile(4, pairs[block & 1, TILE_ROWS], PANEL * 4)
+                    load_tile(5, pairs[block & 1, 0], PANEL * 4)
+                    load_tile(6, pairs[block & 1, TILE_ROWS], PANEL * 4)
                     for i in range(num_here):
                         token = min((first_tile + i) * num_rows, num_tokens - num_rows)
                         product = products[(i & 1) * TILE_ROWS :]
                         zero_tile(0)
                         load_tile(1, x[token, block * _BLOCK :], row_bytes)
-                        add_tile_product(0, 1, 3)
+                        add_tile_product(0, 1, 5)
                         load_tile(2, x[token, block * _BLOCK + _HALF :], row_bytes)
-                        add_tile_product(0, 2, 4)
-                        store_tile(0, product)
+                        add_tile_product(0, 2, 6)
+                        store_tile(0, product, PANEL * 4)
                         add_scaled_tile(totals[i * num_rows :], product, scales[panel, block], num_rows)
                 for i in range(num_here):
                     token = min((first_tile + i) * num_rows, num_tokens - num_rows)

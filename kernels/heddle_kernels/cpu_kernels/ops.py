@@ -76,7 +76,6 @@ class CpuOps:
     def shrink(self, x: Tensor, plan: CpuRowPlan, group: SiteGroup) -> Floats:
         """x [num_tokens, in_features] -> h flat float32: short segments, then long ones, each [tokens, rows]."""
         h = np.empty(plan.num_values(group), np.float32)
-        written = 0
         if len(plan.short_segments):
             num_threads = team_size()
             shrink_segments(
@@ -96,9 +95,8 @@ class CpuOps:
                 np.empty((num_threads, 4, group.in_features), np.float32),
                 h,
             )
-            written = plan.num_short_values(group)
-        for segment in plan.long_segments:
-            written += shrink_long(x, h[written:], plan, segment, group)
+        if len(plan.long_segments):
+            shrink_long(x, h[plan.num_short_values(group) :], plan, group)
         return h
 
     def expand_add(self, y: Tensor, h: Floats, plan: CpuRowPlan, group: SiteGroup, base_bias: Tensor | None) -> None:
@@ -106,7 +104,6 @@ class CpuOps:
         assert y.is_contiguous(), "y is changed in place"
         changed = as_stored(y)
         b0 = np.empty(0, changed.dtype) if base_bias is None else as_stored(base_bias)
-        read = 0
         if len(plan.short_segments):
             num_threads = team_size()
             expand_segments(
@@ -127,9 +124,8 @@ class CpuOps:
                 b0,
                 np.empty((num_threads, TOKENS_OF_PART * OUTPUTS_OF_PART), np.float32),
             )
-            read = plan.num_short_values(group)
-        for segment in plan.long_segments:
-            read += expand_long(changed, h[read:], plan, segment, group, b0)
+        if len(plan.long_segments):
+            expand_long(changed, h[plan.num_short_values(group) :], plan, group, b0)
 
     def scale_input(self, x: Tensor, plan: CpuRowPlan, site: int) -> Tensor:
         """x [num_tokens, in_features] -> a new tensor where some segment's adapter scales this input, else x itself."""

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from heddle_kernels.cpu_kernels.bits import Floats, Stored, as_stored
 from heddle_kernels.cpu_kernels.rows import Bytes, Ints, Longs
+from heddle_kernels.cpu_kernels.tiles import has_tiles
 from heddle_kernels.row_table import ABSENT, RowTable
 from heddle_kernels.segments import Segments
 from heddle_kernels.site_group import SiteGroup
@@ -19,6 +21,9 @@ Segment = tuple[int, int, int]  # begin, end, slot
 # From here on torch's product of widened rows is the faster for large ranks. At q/k/v and down of Qwen2.5-0.5B, on two
 # threads of a Sapphire Rapids, 128 tokens of one adapter take 0.6 times as long compiled at rank 16, 1.15 times at 64.
 LONG_SEGMENT_TOKENS = 128
+# With matrix tiles these are the faster from here on: rank 16 at all linears of a layer, one thread, 8 tokens take 1.5
+# times as long, 16 as long, 32 0.6 times, 512 0.4 times.
+TILE_SEGMENT_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,9 @@ class CpuRowPlan:
 
     segments: Longs  # [num_segments, 3] (begin, end, slot), of adapters only
     short_segments: Longs  # [num_short, 3], those of few tokens
-    long_segments: tuple[Segment, ...]  # those of LONG_SEGMENT_TOKENS and more
+    long_segments: Longs  # [num_long, 3], those of many
+    on_tiles: bool  # whether the long ones are computed on matrix tiles
+    most_long_rows: int  # that a long segment's adapter has at any site
     num_values_before: tuple[int, ...]  # [num_sites + 1], of h at all sites before
     num_short_before: tuple[int, ...]  # the same of the short segments alone
     scaled_sites: frozenset[int]  # whose input some segment scales
@@ -48,13 +55,16 @@ class CpuRowPlan:
     def build(cls, rows: Tensor, vectors: Tensor, table: RowTable, segments: Segments) -> CpuRowPlan:
         used = np.array(list(segments.with_adapters()), np.int64).reshape(-1, 3)
         num_tokens, slots = used[:, 1] - used[:, 0], used[:, 2]
-        is_long = num_tokens >= LONG_SEGMENT_TOKENS
+        on_tiles = rows.dtype == torch.bfloat16 and has_tiles()
+        is_long = num_tokens >= (TILE_SEGMENT_TOKENS if on_tiles else LONG_SEGMENT_TOKENS)
         count, in_scale = table.count.numpy(), table.in_scale.numpy()
         num_rows = count[slots]  # [num_segments, num_sites]
         return cls(
             segments=used,
             short_segments=used[~is_long],
-            long_segments=tuple((begin, end, slot) for begin, end, slot in used[is_long].tolist()),
+            long_segments=used[is_long],
+            on_tiles=on_tiles,
+            most_long_rows=int(num_rows[is_long].max(initial=0)),
             num_values_before=(0, *accumulate((num_tokens @ num_rows).tolist())),
             num_short_before=(0, *accumulate((num_tokens[~is_long] @ num_rows[~is_long]).tolist())),
             scaled_sites=frozenset(np.flatnonzero((in_scale[slots] >= 0).any(axis=0)).tolist()),

@@ -32,6 +32,8 @@ from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
 
 TILE_ROWS = 16
 
+_NUMBERS, _HALVES = ir.VectorType(INT32, 16), ir.VectorType(INT16, 16)
+
 
 @cache
 def has_tiles() -> bool:
@@ -67,8 +69,39 @@ def add_scaled_tile(_context: Any, totals: Any, products: Any, scales: Any, num_
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def add_tile_rounded(
+    _context: Any, y: Any, row_bytes: Any, scales: Any, shifts: Any, products: Any, num_rows: Any
+) -> Any:
+    """Semantics: y = scales · y + shifts + products, rounded once to bfloat16 as `bits.narrow` does, in place.
+
+    y [num_rows or more, 16], rows `row_bytes` apart; scales and shifts [16]; products [num_rows or more, 16].
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        y_data, stride, scale_data, shift_data, product_data, rows = data_of(context, builder, signature, arguments)
+        scale, shift = load(builder, scale_data, 0, FLOATS), load(builder, shift_data, 0, FLOATS)
+        sixteen = ir.Constant(_NUMBERS, [16] * 16)
+        with cgutils.for_range(builder, rows) as loop:
+            y_row = builder.gep(y_data, [builder.mul(loop.index, stride)])
+            product_row = builder.gep(product_data, [builder.mul(loop.index, INT64(VECTOR_BYTES))])
+            stored = builder.zext(load(builder, y_row, 0, _HALVES), _NUMBERS)
+            wide = builder.bitcast(builder.shl(stored, sixteen), FLOATS)
+            changed = call(builder, "llvm.fma.v16f32", FLOATS, scale, wide, shift)
+            total = builder.fadd(changed, load(builder, product_row, 0, FLOATS))
+            bits = builder.bitcast(total, _NUMBERS)
+            last_place = builder.and_(builder.lshr(bits, sixteen), ir.Constant(_NUMBERS, [1] * 16))
+            carried = builder.add(bits, builder.add(last_place, ir.Constant(_NUMBERS, [0x7FFF] * 16)))
+            is_nan = builder.fcmp_unordered("uno", total, total)
+            rounded = builder.select(is_nan, ir.Constant(_NUMBERS, [0x7FC0] * 16), builder.lshr(carried, sixteen))
+            store(builder, builder.trunc(rounded, _HALVES), y_row, 0)
+        return context.get_dummy_value()
+
+    return types.void(y, types.int64, scales, shifts, products, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def shape_tiles(_context: Any, num_rows: Any) -> Any:
-    """Tiles 0, 1 and 2 get that many rows, 3 and 4 get TILE_ROWS; all have 64 bytes a row. Until `release_tiles`."""
+    """Tiles 0 to 4 get that many rows, 5 to 7 get TILE_ROWS; all have 64 bytes a row. Until `release_tiles`."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         with builder.goto_entry_block():
@@ -78,10 +111,10 @@ def shape_tiles(_context: Any, num_rows: Any) -> Any:
         builder.store(ir.Constant(shapes.type.pointee, None), shapes)
         builder.store(BYTE(1), palette)
         rows = builder.trunc(arguments[0], BYTE)
-        for tile in range(5):
+        for tile in range(8):
             width = builder.bitcast(builder.gep(palette, [INT32(16 + 2 * tile)]), INT16.as_pointer())
             builder.store(INT16(VECTOR_BYTES), width)
-            builder.store(rows if tile < 3 else BYTE(TILE_ROWS), builder.gep(palette, [INT32(48 + tile)]))
+            builder.store(rows if tile < 5 else BYTE(TILE_ROWS), builder.gep(palette, [INT32(48 + tile)]))
         call(builder, "llvm.x86.ldtilecfg", VOID, palette)
         return context.get_dummy_value()
 
@@ -110,16 +143,15 @@ def load_tile(_context: Any, tile: Any, values: Any, row_bytes: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def store_tile(_context: Any, tile: Any, values: Any) -> Any:
-    """A tile's rows into an array, one right after another."""
+def store_tile(_context: Any, tile: Any, values: Any, row_bytes: Any) -> Any:
+    """A tile's rows into an array from its beginning on, `row_bytes` apart."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, data = data_of(context, builder, signature, arguments)
-        number, row_bytes = BYTE(tile.literal_value), INT64(VECTOR_BYTES)
-        call(builder, "llvm.x86.tilestored64", VOID, number, data, row_bytes)
+        _, data, _ = data_of(context, builder, signature, arguments)
+        call(builder, "llvm.x86.tilestored64", VOID, BYTE(tile.literal_value), data, arguments[2])
         return context.get_dummy_value()
 
-    return types.void(tile, values), generate
+    return types.void(tile, values, types.int64), generate
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

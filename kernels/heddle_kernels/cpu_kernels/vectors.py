@@ -10,6 +10,7 @@ import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from heddle_kernels.cpu_kernels.instructions import (
@@ -30,6 +31,7 @@ PANEL = 16  # output features that are computed side by side: the float32 number
 # A product waits for the sum that it adds to. Two sums keep the processor busy enough for a single row, whose weights
 # are waited for anyway, and as every number of rows has two, a row's outcome does not depend on it.
 NUM_SUMS = 2
+CHUNK = 32  # inputs that one product of tiles sums over
 BLOCK_PAIRS = 32  # a block's input features, by two: a bfloat16 product takes two at a time
 
 _PAIRS = ir.VectorType(INT32, 16)  # of bfloat16
@@ -108,6 +110,66 @@ def _decoded(builder: Any, words: Any) -> Iterator[Any]:
         for nibble in range(_NIBBLES):
             index = builder.lshr(here, ir.Constant(_WORDS, [4 * nibble] * 32))
             yield call(builder, "llvm.x86.avx512.permvar.hi.512", _WORDS, _TABLE, index)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def transpose_pairs(_context: Any, rows: Any, offsets: Any, width: Any, pairs: Any) -> Any:
+    """Up to PANEL rows of `width` bfloat16 numbers, a multiple of CHUNK -> pairs [width / CHUNK, CHUNK / 2, PANEL, 2].
+
+    rows flat, offsets [rows] where each begins; missing rows become zeros.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row_data, _, _, target = data_of(context, builder, signature, arguments)
+        given = context.make_array(offsets)(context, builder, arguments[1])
+        num_rows = builder.extract_value(given.shape, 0)
+        begins, exist = list[Any](), list[Any]()
+        for row in range(PANEL):
+            exists = builder.icmp_signed("<", INT64(row), num_rows)
+            place = builder.gep(given.data, [builder.select(exists, INT64(row), INT64(0))])
+            begins.append(builder.gep(row_data, [builder.mul(builder.load(place), INT64(2))]))
+            exist.append(exists)
+        with cgutils.for_range(builder, builder.udiv(arguments[2], INT64(CHUNK))) as loop:
+            here = builder.mul(loop.index, INT64(CHUNK * 2))
+            lines = [
+                builder.select(exists, load(builder, builder.gep(begin, [here]), 0, _PAIRS), ir.Constant(_PAIRS, None))
+                for begin, exists in zip(begins, exist, strict=True)
+            ]
+            there = builder.gep(target, [builder.mul(loop.index, INT64(PANEL * VECTOR_BYTES))])
+            for i, line in enumerate(_transposed(builder, lines)):
+                store(builder, line, there, i * VECTOR_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(rows, offsets, types.int64, pairs), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def repeat_pairs(_context: Any, rows: Any, offset: Any, pairs: Any) -> Any:
+    """PANEL bfloat16 numbers of flat rows from `offset` on -> pairs [PANEL, 2], each number twice."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row_data, begin, target = data_of(context, builder, signature, arguments)
+        halves = ir.VectorType(INT16, PANEL)
+        values = load(builder, builder.gep(row_data, [builder.mul(begin, INT64(2))]), 0, halves)
+        lower = builder.zext(values, _PAIRS)
+        upper = builder.shl(lower, ir.Constant(_PAIRS, [16] * PANEL))
+        store(builder, builder.or_(lower, upper), target, 0)
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, pairs), generate
+
+
+def _transposed(builder: Any, lines: list[Any]) -> list[Any]:
+    """16 vectors of 16 pairs, rows for columns: blocks of 1, 2, 4 and 8 change places across the diagonal."""
+    for size in (1, 2, 4, 8):
+        for i in (line for line in range(16) if not line & size):
+            upper, lower = lines[i], lines[i + size]
+            # Of two lines, numbered through: what stays, and what comes from the other.
+            kept = [k if not k & size else 16 + k - size for k in range(16)]
+            gained = [k + size if not k & size else 16 + k for k in range(16)]
+            lines[i] = builder.shuffle_vector(upper, lower, ir.Constant(_PAIRS, kept))
+            lines[i + size] = builder.shuffle_vector(upper, lower, ir.Constant(_PAIRS, gained))
+    return lines
 
 
 def _everywhere(builder: Any, pair: Any) -> Any:

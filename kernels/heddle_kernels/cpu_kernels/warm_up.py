@@ -17,7 +17,8 @@ from heddle_kernels.row_table import RowTable
 from heddle_kernels.segments import Segments
 from heddle_kernels.site_group import SiteGroup
 
-WIDTH = 8
+WIDTH = 32  # a multiple of what a product of tiles takes
+ODD_WIDTH = 8  # and none
 SLOT = 0
 MANY_TOKENS = LONG_SEGMENT_TOKENS  # of a segment, so that it takes the way of long ones
 
@@ -32,14 +33,14 @@ def warm_up(ops: Ops, dtype: torch.dtype) -> None:
 
 def _run_rows(ops: Ops, dtype: torch.dtype) -> None:
     """One adapter of one row, that lies at the pool's beginning, at each of two sites."""
-    table, group = RowTable(num_slots=1, num_sites=2, heap_capacity=2), SiteGroup(0, WIDTH, (WIDTH, WIDTH))
+    table = RowTable(num_slots=1, num_sites=2, heap_capacity=2)
     table.count[:] = 1
     table.first[0, 1] = 1
     table.in_scale[:] = 0
-    for num_tokens in (1, MANY_TOKENS):
-        segments = Segments.from_runs([(SLOT, num_tokens)])
+    for num_tokens, in_features in ((1, WIDTH), (MANY_TOKENS, WIDTH), (MANY_TOKENS, ODD_WIDTH)):
+        segments, group = Segments.from_runs([(SLOT, num_tokens)]), SiteGroup(0, in_features, (WIDTH, WIDTH))
         plan = ops.plan_rows(_zeros(dtype, WIDTH), torch.zeros(WIDTH), table, segments)
-        x, y = _zeros(dtype, num_tokens, WIDTH), _zeros(dtype, num_tokens, 2 * WIDTH)
+        x, y = _zeros(dtype, num_tokens, in_features), _zeros(dtype, num_tokens, 2 * WIDTH)
         h = ops.shrink(ops.scale_input(x, plan, group.first_site), plan, group)
         ops.expand_add(y, h, plan, group, _zeros(dtype, 2 * WIDTH))
 
