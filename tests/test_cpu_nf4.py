@@ -20,6 +20,7 @@ from heddle_kernels.cpu_kernels.nf4_panels import BLOCK_BYTES, Nf4Panels
 from heddle_kernels.cpu_kernels.ops import CpuOps
 from heddle_kernels.cpu_kernels.tiles import has_tiles
 from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
+from heddle_kernels.dense_buffer import DenseBuffer
 from heddle_kernels.nf4_weight import NF4_CODE, UnsupportedWeight
 from heddle_server.engine.base_linear import BaseLinears, DenseForMany
 
@@ -47,7 +48,7 @@ def quantise(out_features: int, in_features: int, nested: bool = False) -> tuple
 
 
 def linear_of(packed: Tensor, state: QuantState, bias: Tensor | None = None) -> CpuNf4Linear:
-    return CpuNf4Linear(Nf4Panels.from_bitsandbytes(packed, state), bias)
+    return CpuNf4Linear(Nf4Panels.from_bitsandbytes(packed, state), bias, DenseBuffer())
 
 
 def rounded_codes(packed: Tensor, state: QuantState) -> Tensor:
@@ -119,10 +120,25 @@ def test_what_is_not_a_number_stays_with_its_token() -> None:
 
 
 @pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_another_dtype_is_rounded_first(dtype: torch.dtype) -> None:
+    linear, x = linear_of(*quantise(48, 64)), torch.randn(5, 64).to(dtype)
+    assert torch.equal(linear(x), linear(x.bfloat16()).to(dtype))
+
+
+@pytest.mark.usefixtures("instructions")
 def test_reads_any_view_and_keeps_leading_dimensions() -> None:
     linear, x = linear_of(*quantise(48, 64)), torch.randn(3, 5, 128).bfloat16()
     assert torch.equal(linear(x[..., 64:]), linear(x[..., 64:].contiguous().view(15, 64)).view(3, 5, 48))
     assert linear(x[:0, :, :64]).shape == (0, 5, 48)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_writes_out_the_same_bits_as_bitsandbytes(shape: tuple[int, int], nested: bool) -> None:
+    packed, state = quantise(*shape, nested)
+    assert torch.equal(linear_of(packed, state).write_out(), dequantize_4bit(packed, state))
 
 
 def test_panels_hold_every_code_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,6 @@ pytest.importorskip("numba")
 
 from heddle_adapters.base_layout import Site
 from heddle_kernels.cpu_kernels import row_plan
-from heddle_kernels.cpu_kernels.bits import forget_older_kernels
 from heddle_kernels.cpu_kernels.ops import CpuOps, why_not
 from heddle_kernels.segments import BASE_SLOT, Segments
 from heddle_kernels.site_group import SiteGroup
@@ -241,14 +241,33 @@ def test_preparing_compiles_all_that_a_batch_needs(dtype: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_kernels_of_older_sources_are_compiled_anew(tmp_path: Path) -> None:
-    cache = tmp_path / "__pycache__"
-    cache.mkdir()
-    for name, seconds in (("rows.py", 50), ("bits.py", 100)):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (seconds, seconds))
-    for name, seconds in (("rows.old.1.nbc", 99), ("rows.new.1.nbc", 101), ("rows.old.nbi", 60), ("rows.pyc", 10)):
-        (cache / name).touch()
-        os.utime(cache / name, (seconds, seconds))
-    forget_older_kernels(tmp_path)
-    assert {file.name for file in cache.iterdir()} == {"rows.new.1.nbc", "rows.pyc"}
+SUM_OF_ONES = """
+import numpy as np
+from heddle_kernels.cpu_kernels.bits import compiled
+from heddle_kernels.cpu_kernels.inner_loops import dot
+from heddle_kernels.cpu_kernels.attention import _dots
+
+ones, sums = np.ones(64, np.float32), np.zeros(1, np.float32)
+_dots(ones, ones[None], sums)
+print(int(sums[0]))
+"""
+
+
+@pytest.mark.parametrize("cache", ["beside the sources", "elsewhere"])
+def test_kernels_of_older_sources_are_compiled_anew(cache: str, tmp_path: Path) -> None:
+    """Also when the file that has changed is not the kernel's own."""
+    package = Path(row_plan.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "heddle_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    if cache == "elsewhere":
+        environment["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
+
+    def printed() -> str:
+        return subprocess.check_output([sys.executable, "-c", SUM_OF_ONES], env=environment, text=True).strip()
+
+    assert printed() == "64"
+    changed = tmp_path / "heddle_kernels/cpu_kernels/inner_loops.py"
+    source = changed.read_text()
+    changed.write_text(source.replace("total += widen(one[k]) * widen(other[k])", "total += 2 * widen(one[k])"))
+    assert changed.read_text() != source
+    assert printed() == "128"

@@ -111,6 +111,15 @@ def test_neighbours_and_threads_change_no_bit(num_tokens: int, num_torch_threads
             assert torch.equal(among[before : before + num_tokens], alone)
 
 
+def test_a_large_scale_of_what_is_the_bias_alone_leaves_the_bias() -> None:
+    generator = np.random.default_rng(3)
+    large = [replace(random_rows(s, 0, generator), out_scale=1e6 * normal(generator, s.out_features)) for s in SITES]
+    world = RowWorld.of(SITES, [large], DTYPE)
+    x, _, b0 = inputs(20)
+    y = b0.expand(20, -1).contiguous()
+    assert torch.equal(world.run(OPS, x, y, b0, Segments.from_runs([(world.slots[0], 20)]), GROUP), y)
+
+
 def test_an_input_that_no_tile_takes_goes_another_way(calls: list[str]) -> None:
     sites = tuple(Site(f"site{j}", "linear", 40, width, has_bias=True) for j, width in enumerate(WIDTHS))
     world = RowWorld.random(sites, [7], DTYPE)

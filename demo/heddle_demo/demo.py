@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from heddle_demo.data import BASE_DIR, BASE_NAME
-from heddle_demo.tour import take_tour
+from heddle_demo.tour import say_where_to_look, take_tour
 from heddle_server.api.serving import serve
 from heddle_server.options import ServeOptions
 
@@ -37,6 +37,7 @@ def run_demo(options: ServeOptions, *, tour_only: bool, open_browser: bool) -> N
             is_right = await take_tour(address, console)
             if tour_only:
                 return 0 if is_right else 1
+            say_where_to_look(address, console)
             console.print("\nStill serving; Ctrl-C ends it.")
             if open_browser and sys.stdout.isatty():
                 webbrowser.open(address)

@@ -51,7 +51,6 @@ async def take_tour(address: str, console: Console) -> bool:
         is_right &= await _upload_and_use(session, client, console)
         console.print(await _memory_line(session))
     is_right &= await _load(address, console)
-    _say_where_to_look(address, console)
     if not is_right:
         console.print("[red]Some answers are not what they should be.[/]")
     return is_right
@@ -142,7 +141,7 @@ async def _load(address: str, console: Console) -> bool:
     return not summary.errors
 
 
-def _say_where_to_look(address: str, console: Console) -> None:
+def say_where_to_look(address: str, console: Console) -> None:
     example = UPLOAD_DIR / next(iter(UPLOADS))
     console.print(
         f"\nTry it yourself:\n  curl {address}/v1/chat/completions -H 'Content-Type: application/json' \\\n"

@@ -186,10 +186,11 @@ def _failure_as_one_line() -> Iterator[None]:
     """What ends a measurement is told without a traceback."""
     from heddle_demo.bench.failure import BenchFailed
     from heddle_demo.bench.machine import TooLittleRoom
+    from heddle_kernels.dispatch import BackendUnavailable
 
     try:
         yield
-    except (BenchFailed, TooLittleRoom, ConfigError) as error:
+    except (BackendUnavailable, BenchFailed, TooLittleRoom, ConfigError) as error:
         typer.secho(f"heddle: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
 

@@ -27,11 +27,13 @@ class KernelPlan:
     ranks: tuple[str, ...] = tuple(RANK_SETS)
     has_single_linears: bool = True  # q, k, v, gate and up one by one, beside joined
     cpu_seconds: float = 0.15  # of measuring one operation in one size, on the CPU
-    max_seconds: float = float("inf")  # what is not begun by then is left out
+    max_seconds: float | None = None  # what is not begun by then is left out
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise BenchFailed(f"--shape knows {', '.join(SHAPES)}, and not {self.shape}.")
+        if self.num_threads < 1:
+            raise BenchFailed(f"--threads must be at least 1, and is {self.num_threads}.")
         if unknown := set(self.ranks) - set(RANK_SETS):
             raise BenchFailed(f"--rank knows {', '.join(RANK_SETS)}, and not {', '.join(sorted(unknown))}.")
 

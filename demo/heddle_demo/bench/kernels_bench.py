@@ -36,7 +36,7 @@ def measure_kernels(plan: KernelPlan, say: Say) -> KernelResults:
     """One whole run; what is not begun within `plan.max_seconds` is named instead of measured."""
     device = choose_device(plan.device)
     torch.set_num_threads(plan.num_threads)
-    deadline = time.monotonic() + plan.max_seconds
+    deadline = float("inf") if plan.max_seconds is None else time.monotonic() + plan.max_seconds
     timings, skipped = list[Timing](), list[str]()
     if find_spec("bitsandbytes") is None:
         skipped.append("the linears: bitsandbytes is not installed")

@@ -110,7 +110,7 @@ def _attend_heads(
     for sequence, pages in enumerate(page_table):
         begin, end = query_start[sequence], query_start[sequence + 1]
         num_new = end - begin
-        if length[sequence] == 0 or num_new > most_new_tokens:
+        if length[sequence] == 0 or num_new == 0 or num_new > most_new_tokens:
             continue
         seen, scores = seen_rooms[member, :num_new], score_rooms[member, :num_new]
         queries, sums = token_rooms[member, 0, :num_new], token_rooms[member, 1, :num_new]

@@ -7,9 +7,9 @@ bfloat16, int16 is float16, float32 is itself. One kernel source then serves all
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,11 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 _VIEWED_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 SUPPORTED = (*_VIEWED_AS, torch.float32)
+
+_FOLDER = Path(__file__).parent
+_SOURCES = blake2b(
+    b"".join(file.read_bytes() for file in sorted([*_FOLDER.glob("*.py"), _FOLDER.parent / "nf4_weight.py"]))
+).hexdigest()  # of all that kernels are built of
 
 # What lets LLVM sum in vectors. Not "nnan" and "ninf": an infinite or undefined number must stay one.
 _REORDER = {"reassoc", "contract", "nsz", "arcp"}
@@ -44,29 +49,16 @@ def compiled_in_order(kernel: Kernel) -> Kernel:
     return _compile(kernel, set())
 
 
-def forget_older_kernels(folder: Path) -> None:
-    """Remove cached kernels that are older than any of the folder's sources.
-
-    numba looks at a kernel's own file only, and kernels are built of functions from several.
-    """
-    newest = max(source.stat().st_mtime for source in folder.glob("*.py"))
-    for cached in (folder / "__pycache__").glob("*.nb[ci]"):
-        with suppress(OSError):  # another process was quicker, or this is not ours to write
-            if cached.stat().st_mtime < newest:
-                cached.unlink()
-
-
-forget_older_kernels(Path(__file__).parent)
-
-
 def _compile(kernel: Kernel, fastmath: set[str]) -> Kernel:
-    """Kept on disk beside the kernel's file or in the user's cache folder; where neither can be written, nowhere."""
-    optimised: Kernel
+    """Kept on disk beside the kernel's file or where numba is told to; where neither can be written, nowhere."""
+    optimised: Any
     try:
         optimised = njit(**_OPTIONS, fastmath=fastmath, cache=True)(kernel)
     except RuntimeError:  # numba found no place for its cache
-        optimised = njit(**_OPTIONS, fastmath=fastmath)(kernel)
-    return optimised
+        return cast(Kernel, njit(**_OPTIONS, fastmath=fastmath)(kernel))
+    # numba compiles anew when the kernel's own file has changed, and kernels are built of functions from several.
+    optimised._cache._cache_file._source_stamp = _SOURCES
+    return cast(Kernel, optimised)
 
 
 def as_stored(tensor: Tensor) -> Stored:

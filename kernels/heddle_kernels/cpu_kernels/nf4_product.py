@@ -1,4 +1,4 @@
-"""Tokens against an NF4 weight, which is decoded into registers or tiles and never written out.
+"""Tokens against an NF4 weight, which is decoded into registers or tiles; and that weight written out.
 
 A code value is rounded to bfloat16, the products of a block are summed in float32, and the block's scale is applied to
 that sum: as accurate as weights that are rounded to bfloat16 after they are scaled.
@@ -25,6 +25,7 @@ from heddle_kernels.cpu_kernels.vectors import (
     multiply_block_2,
     multiply_block_4,
     multiply_block_8,
+    write_block,
 )
 
 PANELS_PER_TASK = 8
@@ -167,3 +168,21 @@ def _finish(totals: Floats, panel: int, bias: Stored, y: Stored) -> None:
         else:
             for k in range(width):
                 rounded[k] = narrow(sums[k], rounded[k])
+
+
+@compiled
+def write_out(num_threads: int, tasks: Tasks, words: Stored, scales: Floats, weight: Stored) -> None:
+    """Semantics: weight = code · scale, rounded once. weight [out_features, in_features] bfloat16."""
+    in_parallel(num_threads, _write_out, (tasks, words, scales, weight))
+
+
+@compiled
+def _write_out(tasks: Tasks, words: Stored, scales: Floats, weight: Stored) -> None:
+    while True:
+        panel = next_task(tasks)
+        if panel >= words.shape[0]:
+            return
+        num_outputs = min(PANEL, weight.shape[0] - panel * PANEL)
+        for block in range(words.shape[1]):
+            target = weight[panel * PANEL, block * _BLOCK :]
+            write_block(words[panel, block], scales[panel, block], target, weight.shape[1] * 2, num_outputs)

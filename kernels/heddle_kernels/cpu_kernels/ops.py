@@ -29,6 +29,7 @@ from heddle_kernels.cpu_kernels.rows import (
 from heddle_kernels.cpu_kernels.team import new_tasks, team_size
 from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
 from heddle_kernels.cpu_kernels.warm_up import warm_up
+from heddle_kernels.dense_buffer import DenseBuffer
 from heddle_kernels.nf4_weight import UnsupportedWeight
 from heddle_kernels.paged_batch import PagedBatch
 from heddle_kernels.row_table import RowTable
@@ -58,6 +59,9 @@ class CpuOps:
     name = "compiled"
     elementwise: Any = elementwise
 
+    def __init__(self) -> None:
+        self._dense = DenseBuffer()
+
     def prepare(self, groups: Sequence[SiteGroup], dtype: torch.dtype) -> None:
         """Compile, or load from numba's cache, all that will run with this dtype. Takes a while the first time."""
         warm_up(self, dtype)
@@ -68,7 +72,7 @@ class CpuOps:
             raise UnsupportedWeight(f"on a CPU our product computes in bfloat16, not in {dtype}")
         if not has_bfloat16_products():
             raise UnsupportedWeight("this processor does not multiply bfloat16 (AVX512-BF16)")
-        return CpuNf4Linear(Nf4Panels.from_bitsandbytes(packed, quant_state), bias)
+        return CpuNf4Linear(Nf4Panels.from_bitsandbytes(packed, quant_state), bias, self._dense)
 
     def plan_rows(self, rows: Tensor, vectors: Tensor, table: RowTable, segments: Segments) -> CpuRowPlan:
         return CpuRowPlan.build(rows, vectors, table, segments)

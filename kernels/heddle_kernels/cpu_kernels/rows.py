@@ -19,7 +19,7 @@ Ints = NDArray[np.int32]
 Bytes = NDArray[np.int8]
 
 # Parts of a segment that are computed by themselves, by whichever thread is free. Their bounds depend on nothing but
-# the segment, so that no bit of an answer depends on its neighbours or on the number of threads.
+# the segment, so that no bit depends on other segments or on the number of threads.
 TOKENS_OF_PART = 16
 ROWS_OF_PART = 16
 OUTPUTS_OF_PART = 1024

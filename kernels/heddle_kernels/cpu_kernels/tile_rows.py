@@ -206,7 +206,7 @@ def _expand_parts(
 ) -> None:
     member, mine, part, segment_begin = next_member(tasks), next_task(tasks), 0, 0
     halves, pairs = half_room[member], pair_room[member]
-    products, change = float_room[member, :2], float_room[member, 2, :2]
+    products, change = float_room[member, :2], float_room[member, 2, :3]
     for begin, end, slot in segments:
         group_rows = rows_of_group(count, slot, first_site, out_features.shape[0])
         segment_end = segment_begin + (end - begin) * group_rows
@@ -261,14 +261,12 @@ def _split(h: Floats, halves: Stored) -> None:
 
 @compiled
 def _fill_change(scale: Floats, bias: Floats, base_bias: Stored, change: Floats) -> None:
-    """change [2, PANEL]: what y is multiplied by, and what is added, so that
-    scale · (y − b0) + b0 + bias = change[0] · y + change[1]. Vectors of any length, or empty for none."""
+    """change [3, PANEL], so that scale · (y − b0) + b0 + bias = change[0] · (y − change[1]) + change[2], and y where
+    there is neither. Vectors of any length, or empty for none."""
     for k in range(PANEL):
         change[0, k] = scale[k] if k < scale.shape[0] else _ONE
-        change[1, k] = bias[k] if k < bias.shape[0] else _ZERO
-        if k < scale.shape[0] and k < base_bias.shape[0]:
-            b0 = widen(base_bias[k])
-            change[1, k] += b0 - scale[k] * b0
+        change[1, k] = widen(base_bias[k]) if k < scale.shape[0] and k < base_bias.shape[0] else _ZERO
+        change[2, k] = change[1, k] + (bias[k] if k < bias.shape[0] else _ZERO)
 
 
 @compiled
@@ -282,8 +280,10 @@ def _expand_panel(
     column: int,
     num_outputs: int,
 ) -> None:
-    """Semantics: y = change[0] · y + change[1] + h B for PANEL outputs or fewer, from `column` on. halves as `_split`
-    made them, pairs as `_repeat_rows` did; products [2, TILE_ROWS, PANEL] is room to work in."""
+    """Semantics: y = change[0] · (y − change[1]) + change[2] + h B for PANEL outputs or fewer, from `column` on.
+
+    halves as `_split` made them, pairs as `_repeat_rows` did; products [2, TILE_ROWS, PANEL] is room to work in.
+    """
     num_tokens, num_rows, row_bytes = y.shape[0], _rows_of_tiles(y.shape[0]), y.shape[1] * 2
     shape_tiles(num_rows)
     for begin in range(0, num_tokens, num_rows):
@@ -297,14 +297,12 @@ def _expand_panel(
             add_tile_product(0, 4, 5)
         store_tile(0, product, PANEL * 4)
         if num_outputs == PANEL:
-            add_tile_rounded(
-                y[begin, column:], row_bytes, change[0], change[1], product[num_done:], num_rows - num_done
-            )
+            add_tile_rounded(y[begin, column:], row_bytes, change, product[num_done:], num_rows - num_done)
         else:
             for row in range(num_done, num_rows):
                 for k in range(num_outputs):
                     value = y[token + row, column + k]
-                    total = change[0, k] * widen(value) + change[1, k] + product[row, k]
+                    total = change[0, k] * (widen(value) - change[1, k]) + change[2, k] + product[row, k]
                     y[token + row, column + k] = narrow(total, value)
 
 

@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -20,19 +19,22 @@ from heddle_kernels.cpu_kernels.instructions import (
     INT16,
     INT32,
     INT64,
+    NUMBERS,
     POINTER,
     VECTOR_BYTES,
     VOID,
     call,
     data_of,
+    has_features,
     load,
+    rounded_bits,
     store,
 )
 from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
 
 TILE_ROWS = 16
 
-_NUMBERS, _HALVES = ir.VectorType(INT32, 16), ir.VectorType(INT16, 16)
+_HALVES = ir.VectorType(INT16, 16)
 
 
 @cache
@@ -41,8 +43,7 @@ def has_tiles() -> bool:
 
     Source: the Linux kernel's documentation of XSTATE features, `arch_prctl(ARCH_REQ_XCOMP_PERM, 18)`.
     """
-    features = get_host_cpu_features()
-    if not (features.get("amx-tile") and features.get("amx-bf16") and has_bfloat16_products()):
+    if not (has_features("amx-tile", "amx-bf16") and has_bfloat16_products()):
         return False
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return False
@@ -69,34 +70,31 @@ def add_scaled_tile(_context: Any, totals: Any, products: Any, scales: Any, num_
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_tile_rounded(
-    _context: Any, y: Any, row_bytes: Any, scales: Any, shifts: Any, products: Any, num_rows: Any
-) -> Any:
-    """Semantics: y = scales · y + shifts + products, rounded once to bfloat16 as `bits.narrow` does, in place.
+def add_tile_rounded(_context: Any, y: Any, row_bytes: Any, change: Any, products: Any, num_rows: Any) -> Any:
+    """Semantics: y = change[0] · (y − change[1]) + change[2] + products, rounded once to bfloat16 as `bits.narrow`
+    does, in place.
 
-    y [num_rows or more, 16], rows `row_bytes` apart; scales and shifts [16]; products [num_rows or more, 16].
+    y [num_rows or more, 16], rows `row_bytes` apart; change [3, 16]; products [num_rows or more, 16].
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        y_data, stride, scale_data, shift_data, product_data, rows = data_of(context, builder, signature, arguments)
-        scale, shift = load(builder, scale_data, 0, FLOATS), load(builder, shift_data, 0, FLOATS)
-        sixteen = ir.Constant(_NUMBERS, [16] * 16)
+        y_data, stride, change_data, product_data, rows = data_of(context, builder, signature, arguments)
+        scale, less, more = (load(builder, change_data, i * VECTOR_BYTES, FLOATS) for i in range(3))
+        sixteen = ir.Constant(NUMBERS, [16] * 16)
         with cgutils.for_range(builder, rows) as loop:
             y_row = builder.gep(y_data, [builder.mul(loop.index, stride)])
             product_row = builder.gep(product_data, [builder.mul(loop.index, INT64(VECTOR_BYTES))])
-            stored = builder.zext(load(builder, y_row, 0, _HALVES), _NUMBERS)
+            stored = builder.zext(load(builder, y_row, 0, _HALVES), NUMBERS)
             wide = builder.bitcast(builder.shl(stored, sixteen), FLOATS)
-            changed = call(builder, "llvm.fma.v16f32", FLOATS, scale, wide, shift)
+            changed = call(builder, "llvm.fma.v16f32", FLOATS, scale, builder.fsub(wide, less), more)
             total = builder.fadd(changed, load(builder, product_row, 0, FLOATS))
-            bits = builder.bitcast(total, _NUMBERS)
-            last_place = builder.and_(builder.lshr(bits, sixteen), ir.Constant(_NUMBERS, [1] * 16))
-            carried = builder.add(bits, builder.add(last_place, ir.Constant(_NUMBERS, [0x7FFF] * 16)))
             is_nan = builder.fcmp_unordered("uno", total, total)
-            rounded = builder.select(is_nan, ir.Constant(_NUMBERS, [0x7FC0] * 16), builder.lshr(carried, sixteen))
+            upper = builder.lshr(rounded_bits(builder, total), sixteen)
+            rounded = builder.select(is_nan, ir.Constant(NUMBERS, [0x7FC0] * 16), upper)
             store(builder, builder.trunc(rounded, _HALVES), y_row, 0)
         return context.get_dummy_value()
 
-    return types.void(y, types.int64, scales, shifts, products, types.int64), generate
+    return types.void(y, types.int64, change, products, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -22,7 +20,9 @@ from heddle_kernels.cpu_kernels.instructions import (
     VOID,
     call,
     data_of,
+    has_features,
     load,
+    rounded_bits,
     store,
 )
 from heddle_kernels.nf4_weight import NF4_CODE
@@ -41,14 +41,13 @@ _FETCH_AHEAD_BYTES = 4608  # eight blocks: the processor itself does not fetch a
 _CODE = torch.tensor(NF4_CODE).bfloat16().view(torch.int16).tolist()
 # A word's lowest five bits look up, of which the fifth belongs to the next weight: both halves say the same.
 _TABLE = ir.Constant(_WORDS, [code & 0xFFFF for code in _CODE] * 2)
+_EXACT_TABLE = ir.Constant(FLOATS, list(NF4_CODE))
 _ZEROS = ir.Constant(FLOATS, [0.0] * 16)
 _ONLY_FIRST = ir.Constant(_PAIRS, [0] * 16)
 
 
-@cache
 def has_bfloat16_products() -> bool:
-    features = get_host_cpu_features()
-    return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512bf16"))
+    return has_features("avx512f", "avx512bw", "avx512bf16")
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -62,6 +61,39 @@ def decode_block(_context: Any, words: Any, pairs: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(words, pairs), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def write_block(_context: Any, words: Any, scales: Any, weight: Any, row_bytes: Any, num_rows: Any) -> Any:
+    """Semantics: weight = code · scale, rounded once to bfloat16, for one block of a panel.
+
+    weight [num_rows, 64], rows `row_bytes` apart, of PANEL outputs at most; words and scales as for `decode_block`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, scale_data, target, stride, given = data_of(context, builder, signature, arguments)
+        scale = load(builder, scale_data, 0, FLOATS)
+
+        def exact(words: Any, shift: int) -> Any:
+            """The weights of one nibble in float32, before they are rounded: look-ups read the lowest four bits."""
+            index = builder.lshr(words, ir.Constant(_PAIRS, [shift] * 16))
+            code = call(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, _EXACT_TABLE, index)
+            return builder.fmul(code, scale)
+
+        pairs = list[Any]()  # vectors by input, the outputs side by side
+        for i in range(BLOCK_PAIRS // _NIBBLES):
+            here = load(builder, source, i * VECTOR_BYTES, _PAIRS)
+            for nibble in range(_NIBBLES):
+                even, odd = (rounded_bits(builder, exact(here, 4 * nibble + half)) for half in (0, 16))
+                lower = builder.lshr(even, ir.Constant(_PAIRS, [16] * 16))
+                pairs.append(builder.or_(lower, builder.and_(odd, ir.Constant(_PAIRS, [0xFFFF0000] * 16))))
+        for half in range(2):
+            for row, line in enumerate(_transposed(builder, pairs[16 * half : 16 * half + 16])):
+                with builder.if_then(builder.icmp_signed("<", INT64(row), given)):
+                    store(builder, line, builder.gep(target, [builder.mul(INT64(row), stride)]), half * VECTOR_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(words, scales, weight, types.int64, types.int64), generate
 
 
 def _multiply_block(num_rows: int) -> Any:

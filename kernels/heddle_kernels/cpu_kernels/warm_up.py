@@ -10,6 +10,7 @@ from heddle_kernels.cpu_kernels.nf4_linear import TILES_FROM_TOKENS, CpuNf4Linea
 from heddle_kernels.cpu_kernels.nf4_panels import Nf4Panels
 from heddle_kernels.cpu_kernels.row_plan import LONG_SEGMENT_TOKENS
 from heddle_kernels.cpu_kernels.vectors import has_bfloat16_products
+from heddle_kernels.dense_buffer import DenseBuffer
 from heddle_kernels.nf4_weight import BLOCK_WEIGHTS
 from heddle_kernels.ops import Ops
 from heddle_kernels.paged_batch import PagedBatch
@@ -68,9 +69,10 @@ def _run_elementwise(dtype: torch.dtype) -> None:
 
 
 def _run_product() -> None:
-    linear = CpuNf4Linear(Nf4Panels.zeros(BLOCK_WEIGHTS, WIDTH), bias=None)
+    linear = CpuNf4Linear(Nf4Panels.zeros(BLOCK_WEIGHTS, WIDTH), None, DenseBuffer())
     for num_tokens in (1, TILES_FROM_TOKENS):
         linear(_zeros(torch.bfloat16, num_tokens, BLOCK_WEIGHTS))
+    linear.write_out()
 
 
 def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -5,21 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from heddle_kernels.dense_buffer import DenseBuffer
 from heddle_kernels.nf4_weight import Nf4Weight
 from heddle_kernels.triton_kernels.nf4 import MAX_TOKENS, dequantize, nf4_gemm, reduce
-
-
-class DenseBuffer:
-    """Memory for one layer's weights written out; all layers share it, one after the other."""
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-
-    def of(self, num_values: int, like: Tensor) -> Tensor:
-        """At least `num_values` of `like`'s dtype, on its device."""
-        if self._memory is None or self._memory.dtype != like.dtype or len(self._memory) < num_values:
-            self._memory = like.new_empty(num_values)
-        return self._memory
 
 
 class Nf4Linear(nn.Module):

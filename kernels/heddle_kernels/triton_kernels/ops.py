@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from heddle_kernels.dense_buffer import DenseBuffer
 from heddle_kernels.nf4_weight import Nf4Weight
 from heddle_kernels.paged_batch import PagedBatch
 from heddle_kernels.row_table import RowTable
 from heddle_kernels.segments import Segments
 from heddle_kernels.site_group import SiteGroup
 from heddle_kernels.triton_kernels import attention, elementwise, rows
-from heddle_kernels.triton_kernels.nf4_linear import DenseBuffer, Nf4Linear
+from heddle_kernels.triton_kernels.nf4_linear import Nf4Linear
 from heddle_kernels.triton_kernels.row_plan import (
     DECODE,
     PREFILL,

@@ -7,6 +7,7 @@ wins, even if the weights must be written out first.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,8 @@ from heddle_server.engine.joined_linear import unnested_state
 logger = logging.getLogger(__name__)
 
 DENSE_FROM_TOKENS = 64  # for our GPU kernels, by the roofline of a H200, where the arithmetic of 4-bit weights begins
-TRIED_TOKENS = (8, 16, 32, 64, 128, 256)  # on a CPU the machine is asked
+TRIED_TOKENS = (8, 16, 32, 64, 128, 256, 512)  # on a CPU the machine is asked
+NEVER = sys.maxsize
 NUM_TRIALS = 3
 REPACKED_ROWS = 32  # of a weight, that bitsandbytes interleaves on a CPU (its _convert_weight_packed_for_cpu, 0.50)
 
@@ -47,6 +49,7 @@ class BaseLinears:
         self._keep_dense = keep_dense
         self._crossover = Crossover(DENSE_FROM_TOKENS)
         self._on_cpu = list[DenseForMany]()
+        self._num_fused = 0
         self._left = Counter[str]()  # 4-bit linears that our kernels do not take, by the reason
 
     def make(self, linear: nn.Module) -> nn.Module:
@@ -62,7 +65,7 @@ class BaseLinears:
         is_for_few = computed is not linear or linear.support_avx512bf16_for_cpu
         if not (self._keep_dense or (on_cpu and is_for_few)):
             return computed
-        made = DenseForMany(computed, self._dense(linear, computed is linear), self._crossover)
+        made = DenseForMany(computed, self._dense(linear, computed), self._crossover)
         if on_cpu and is_for_few:
             self._on_cpu.append(made)
         return made
@@ -72,16 +75,22 @@ class BaseLinears:
         if self._on_cpu:
             largest = max(self._on_cpu, key=lambda made: made.out_features * made.in_features)
             self._crossover.num_tokens = measured_crossover(largest)
-            logger.info("4-bit weights are written out for %d tokens and more", self._crossover.num_tokens)
+            few, action = self._crossover.num_tokens, "used" if self._keep_dense else "written out"
+            when = "in no step" if few == NEVER else f"from {few} tokens on"
+            logger.info("4-bit weights: dense ones are %s %s", action, when)
+        if self._num_fused:
+            logger.info("4-bit weights: our product computes %d linears, joined ones counted once", self._num_fused)
         for reason, count in self._left.items():
-            logger.info("bitsandbytes computes %d linears: %s", count, reason)
+            logger.info("bitsandbytes computes %d linears, joined ones counted once: %s", count, reason)
 
-    def _dense(self, linear: Any, is_repacked: bool) -> WriteOut | Kept:
-        """is_repacked: the first forward of this linear reorders its bytes."""
+    def _dense(self, linear: Any, computed: Any) -> Dense:
         weight, state = linear.weight.data, linear.weight.quant_state
         if self._keep_dense:
             return Kept(WriteOut(weight, state, self._dtype)())
-        return WriteOut(weight.clone() if is_repacked else weight, state, self._dtype)
+        if computed is linear:
+            return WriteOut(weight.clone(), state, self._dtype)  # of its own: the first forward reorders the linear's
+        write_out: Dense = computed.write_out
+        return write_out
 
     def _fused(self, linear: Any) -> nn.Module:
         if self._make_nf4 is None:
@@ -91,6 +100,7 @@ class BaseLinears:
         except UnsupportedWeight as error:
             self._left[str(error)] += 1
             return linear  # type: ignore[no-any-return]
+        self._num_fused += 1
         return fused
 
 
@@ -129,12 +139,15 @@ class Kept:
         return self._weight
 
 
+Dense = Callable[[], Tensor]  # a weight [out_features, in_features], perhaps in memory that the next call takes
+
+
 class DenseForMany(nn.Module):
     """A 4-bit linear for few tokens, its weights written out for many."""
 
     bias: Tensor | None
 
-    def __init__(self, quantised: Any, dense: WriteOut | Kept, crossover: Crossover) -> None:
+    def __init__(self, quantised: Any, dense: Dense, crossover: Crossover) -> None:
         super().__init__()
         self.quantised = quantised
         self.dense = dense
@@ -167,12 +180,12 @@ class DenseForMany(nn.Module):
 
 @torch.inference_mode()
 def measured_crossover(linear: DenseForMany) -> int:
-    """The first of TRIED_TOKENS at which writing out and multiplying is faster here, or twice the last."""
+    """The first of TRIED_TOKENS at which writing out and multiplying is faster here, or NEVER."""
     for num_tokens in TRIED_TOKENS:
         x = torch.ones(num_tokens, linear.in_features, dtype=linear.dense().dtype)
         if _seconds(lambda given: functional.linear(given, linear.dense()), x) < _seconds(linear.quantised, x):
             return num_tokens
-    return 2 * TRIED_TOKENS[-1]
+    return NEVER
 
 
 def _seconds(compute: Callable[[Tensor], Tensor], x: Tensor) -> float:

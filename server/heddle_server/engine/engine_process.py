@@ -84,7 +84,6 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="EngineConfig as hexadecimal msgpack")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="engine: %(message)s")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it regrets the absence of a hub client
     config = msgspec.msgpack.decode(bytes.fromhex(arguments.config), type=EngineConfig)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     channel = Channel(arguments.socket)

@@ -82,7 +82,11 @@ class Trial:
         if not errors:
             return "no faster operation here"
         error, forward = min(errors, key=lambda pair: pair[0])
-        return forward if error <= TOLERANCE[self.dtype] else f"differs by {error:.0e}"
+        return (
+            forward
+            if error <= TOLERANCE[self.dtype]
+            else f"no operation here computes the same, the nearest is {error:.0e} off"
+        )
 
 
 @dataclass(frozen=True)
