@@ -101,7 +101,7 @@ def serving_command(
             raise BenchFailed(f"--against knows peft, and not {against}.")
         plan = ServingPlan(
             shape=shape,
-            device=_one_of(device, DeviceName),
+            device=_one_of("--device", device, DeviceName),
             batch=batch,
             num_adapters=adapters,
             rank=rank,
@@ -110,7 +110,7 @@ def serving_command(
             num_rounds=rounds,
             mixes=tuple(mixes.split(",")),
             has_peft=against == "peft",
-            kernels=_one_of(kernels, KernelsName),
+            kernels=_one_of("--kernels", kernels, KernelsName),
             num_threads=threads,
         )
         print_json_line(run_serving_bench(plan.quick() if quick else plan, _say), json)
@@ -137,8 +137,8 @@ def kernels_command(
     with _failure_as_one_line():
         plan = KernelPlan(
             shape=shape,
-            device=_one_of(device, DeviceName),
-            kernels=_one_of(kernels, KernelsName),
+            device=_one_of("--device", device, DeviceName),
+            kernels=_one_of("--kernels", kernels, KernelsName),
             num_threads=threads,
             ranks=tuple(rank.split(",")),
         )
@@ -169,13 +169,13 @@ def step_command(
     with _failure_as_one_line():
         plan = StepPlan(
             shape=shape,
-            device=_one_of(device, DeviceName),
+            device=_one_of("--device", device, DeviceName),
             batch=batch,
             num_adapters=adapters,
             rank=rank,
             num_prompt_tokens=prompt_tokens,
             num_steps=steps,
-            kernels=_one_of(kernels, KernelsName),
+            kernels=_one_of("--kernels", kernels, KernelsName),
             num_threads=threads,
         )
         print_json_line(run_step_bench(plan.quick() if quick else plan, _say), json)
@@ -195,10 +195,10 @@ def _failure_as_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _one_of(value: str, names: Any) -> Any:
+def _one_of(option: str, value: str, names: Any) -> Any:
     """The value itself if it is one of the Literal `names`."""
     if value not in get_args(names):
-        raise ConfigError(f"there is no {value!r}; choose one of {', '.join(get_args(names))}.")
+        raise ConfigError(f"{option} knows {', '.join(get_args(names))}, and not {value}.")
     return value
 
 

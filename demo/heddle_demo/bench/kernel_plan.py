@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
-from heddle_demo.bench.failure import BenchFailed
+from heddle_demo.bench.failure import BenchFailed, require_at_least
 from heddle_demo.bench.shapes import SHAPES
 
 RANK_SETS = {"8": (8,), "16": (16,), "64": (64,), "mixed": (8, 16, 32, 64, 128)}  # in turn, adapter by adapter
@@ -32,8 +32,7 @@ class KernelPlan:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise BenchFailed(f"--shape knows {', '.join(SHAPES)}, and not {self.shape}.")
-        if self.num_threads < 1:
-            raise BenchFailed(f"--threads must be at least 1, and is {self.num_threads}.")
+        require_at_least(1, {"--threads": self.num_threads})
         if unknown := set(self.ranks) - set(RANK_SETS):
             raise BenchFailed(f"--rank knows {', '.join(RANK_SETS)}, and not {', '.join(sorted(unknown))}.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from heddle_demo.bench.failure import BenchFailed
+from heddle_demo.bench.failure import BenchFailed, require_at_least
 from heddle_demo.bench.mixes import MIXES
 from heddle_demo.bench.shapes import SHAPES
 from heddle_server.config import DeviceName, KernelsName
@@ -35,8 +35,17 @@ class ServingPlan:
             raise BenchFailed(f"--shape knows {', '.join(SHAPES)}, and not {self.shape}.")
         if unknown := [mix for mix in self.mixes if mix not in MIXES]:
             raise BenchFailed(f"--mixes knows {', '.join(MIXES)}, and not {', '.join(unknown)}.")
-        if min(self.batch, self.num_adapters, self.rank, self.num_prompt_tokens, self.num_rounds) < 1:
-            raise BenchFailed("--batch, --adapters, --rank, --prompt-tokens and --rounds must be at least 1.")
+        require_at_least(
+            1,
+            {
+                "--batch": self.batch,
+                "--adapters": self.num_adapters,
+                "--rank": self.rank,
+                "--prompt-tokens": self.num_prompt_tokens,
+                "--rounds": self.num_rounds,
+                "--threads": self.num_threads,
+            },
+        )
         if self.num_new_tokens < 2:
             raise BenchFailed("--new-tokens must be at least 2: the first belongs to the prompt's time.")
 

@@ -10,8 +10,9 @@ from heddle_demo.bench.text_table import text_table
 def print_serving(results: ServingResults) -> None:
     """The setting, a row per mix and arm, and whether both arms served the same."""
     plan, machine = results.plan, results.machine
+    threads = f"{results.num_threads} thread{'s' if results.num_threads > 1 else ''}"
     print(
-        f"\n{plan.shape}, random weights in NF4, on {results.device} ({machine['cpu']}, {results.num_threads} threads, "
+        f"\n{plan.shape}, random weights in NF4, on {results.device} ({machine['cpu']}, {threads}, "
         f"torch {machine['torch']}, revision {machine['revision']}): {plan.batch} requests of {plan.num_prompt_tokens} "
         f"prompt and {plan.num_new_tokens} new tokens, {plan.num_adapters} adapters of rank {plan.rank} on all "
         f"linears. Medians of {plan.num_rounds} rounds{', the arms in turn' if plan.has_peft else ''}.\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from heddle_demo.bench.failure import BenchFailed
+from heddle_demo.bench.failure import BenchFailed, require_at_least
 from heddle_demo.bench.shapes import SHAPES
 from heddle_server.config import DeviceName, KernelsName
 
@@ -30,8 +30,17 @@ class StepPlan:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise BenchFailed(f"--shape knows {', '.join(SHAPES)}, and not {self.shape}.")
-        if min(self.batch, self.num_adapters, self.rank, self.num_prompt_tokens, self.num_steps) < 1:
-            raise BenchFailed("--batch, --adapters, --rank, --prompt-tokens and --steps must be at least 1.")
+        require_at_least(
+            1,
+            {
+                "--batch": self.batch,
+                "--adapters": self.num_adapters,
+                "--rank": self.rank,
+                "--prompt-tokens": self.num_prompt_tokens,
+                "--steps": self.num_steps,
+                "--threads": self.num_threads,
+            },
+        )
 
     @property
     def num_new_tokens(self) -> int:

@@ -9,8 +9,9 @@ from heddle_demo.bench.text_table import text_table
 def print_steps(results: StepResults) -> None:
     """A column per mix, a row per part of a step."""
     plan, machine = results.plan, results.machine
+    threads = f"{results.num_threads} thread{'s' if results.num_threads > 1 else ''}"
     print(
-        f"\n{plan.shape}, random weights in NF4, on {results.device} ({machine['cpu']}, {results.num_threads} threads, "
+        f"\n{plan.shape}, random weights in NF4, on {results.device} ({machine['cpu']}, {threads}, "
         f"torch {machine['torch']}, revision {machine['revision']}), {results.kernels} kernels: a decode step of "
         f"{plan.batch} requests, adapters of rank {plan.rank} on all linears; means of {plan.num_steps} steps, ms.\n"
     )

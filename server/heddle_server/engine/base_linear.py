@@ -58,11 +58,12 @@ class BaseLinears:
             return linear
         if linear.bias is not None:
             linear.bias.data = linear.bias.data.to(self._dtype)  # as bitsandbytes does when it first computes
-        on_cpu = linear.weight.device.type == "cpu"
         computed = self._fused(linear)
         if not _can_be_repacked(linear):
             linear.support_avx512bf16_for_cpu = False  # bitsandbytes asks for the processor alone, and then fails
-        is_for_few = computed is not linear or linear.support_avx512bf16_for_cpu
+        on_cpu = linear.weight.device.type == "cpu"
+        # The others write weights out by themselves where that is faster.
+        is_for_few = hasattr(computed, "write_out") or (computed is linear and linear.support_avx512bf16_for_cpu)
         if not (self._keep_dense or (on_cpu and is_for_few)):
             return computed
         made = DenseForMany(computed, self._dense(linear, computed), self._crossover)
