@@ -70,5 +70,5 @@ def test_a_forced_backend_that_cannot_run_keeps_the_engine_from_starting(
 
 def test_only_four_bit_weights_can_be_kept_written_out(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, "llama")
-    with pytest.raises(ConfigError, match=r"--base-cache bf16 writes out 4-bit weights.*held in none"):
+    with pytest.raises(ConfigError, match=r"--base-cache bf16 keeps 4-bit weights.*quantization: none"):
         make_engine(tmp_path, base_cache="bf16")

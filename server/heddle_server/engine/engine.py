@@ -93,8 +93,8 @@ class Engine:
                 fuse_modules(loaded.model, ops.elementwise, loaded.dtype, loaded.device)
             if config.base_cache != "none" and loaded.quantization not in FOUR_BIT:
                 raise ConfigError(
-                    f"--base-cache {config.base_cache} writes out 4-bit weights, and this base's are held in "
-                    f"{loaded.quantization}: leave the option out."
+                    f"--base-cache {config.base_cache} keeps 4-bit weights written out, and this base has none "
+                    f"(quantization: {loaded.quantization}): leave it out, or choose --quantization nf4 or fp4."
                 )
             base_linears = BaseLinears(ops, loaded.dtype, keep_dense=config.base_cache == "bf16")
             sites, groups = weave(loaded.model, loaded.shared_inputs, base_linears, context)
