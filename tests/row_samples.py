@@ -17,11 +17,28 @@ from heddle_adapters.packed_adapter import PackedAdapter
 from heddle_adapters.packer import Packer
 from heddle_adapters.page_pool import PagePool
 from heddle_kernels.reference import ReferenceOps
-from heddle_kernels.segments import Segments
+from heddle_kernels.segments import BASE_SLOT, Segments
 from heddle_kernels.site_group import SiteGroup
 
 PAGE_BYTES = 512
 DIGEST = "sha256:" + "7" * 64
+
+POPULARITY: dict[str, list[int]] = {  # which of the placed adapters each run of tokens uses
+    "distinct": [0, 1, 2, 3, 4, 5],
+    "uniform": [0, 0, 1, 1, 2, 2],
+    "zipf": [0, 0, 0, 1, 1, 2],
+    "identical": [0, 0, 0, 0, 0, 0],
+    "skewed": [0, 0, 0, 0, 0, 5],
+    "with_base": [BASE_SLOT, 0, BASE_SLOT, 1, BASE_SLOT, 2],
+    "empty": [],
+}
+RANKS: dict[str, list[int]] = {
+    "1": [1] * 6,
+    "8": [8] * 6,
+    "17": [17] * 6,
+    "256": [256] * 6,
+    "mixed": [1, 8, 3, 64, 17, 2],
+}
 
 
 def layout_of(*sites: Site) -> BaseLayout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
+from dense_attention import dense
 from heddle_kernels.cpu_kernels import ops as cpu_ops
 from heddle_kernels.cpu_kernels.ops import CpuOps
 from heddle_kernels.paged_batch import PagedBatch
@@ -21,25 +21,6 @@ PAGE_TOKENS, NUM_PAGES, NUM_LAYERS, LAYER = 4, 60, 3, 1
 SCALING = 0.3
 LENGTHS = [3, 13, 9, 22, 50]
 CHUNKS = [[1, 7, 3, 20, 40], [2, 12, 8, 21, 41], [3, 13, 9, 22, 50]]  # tokens of each sequence after each step
-
-
-def dense(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    """One sequence, all tokens at once, float64: query [length, heads, dim] -> the same."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (states.double().repeat_interleave(group, dim=1).transpose(0, 1) for states in (key, value))
-    scores = query.double().transpose(0, 1) @ key.transpose(1, 2) * SCALING
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(len(query))
-    age = position[:, None] - position[None, :]
-    hidden = (age < 0) | (age >= (window or math.inf))
-    weights = scores.masked_fill(hidden, -math.inf).exp()
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + sinks.double().exp().view(-1, 1, 1)
-    return (weights / total @ value).transpose(0, 1)
 
 
 class Sequences:
@@ -128,7 +109,7 @@ def test_matches_dense_attention(
             parts.append(part)
     for number, parts in enumerate(outputs):
         states = (sequences.query[number], sequences.key[number], sequences.value[number])
-        expected = dense(*states, window, softcap, sinks)
+        expected = dense(*states, SCALING, window, softcap, sinks)
         assert error(torch.cat(parts), expected) <= OPERATION[dtype], f"sequence of {LENGTHS[number]}"
 
 
@@ -142,7 +123,7 @@ def test_prompts_either_way(window: int | None, threshold: int, monkeypatch: pyt
         attended = sequences.step(chunks, lambda q, kv, batch: CpuOps().paged_attention(q, kv, batch, SCALING, window))
         for number, (begin, end) in enumerate(chunks):
             query, key, value = (s[number][:end] for s in (sequences.query, sequences.key, sequences.value))
-            expected = dense(query, key, value, window, None, None)[begin:end]
+            expected = dense(query, key, value, SCALING, window, None, None)[begin:end]
             assert error(attended[number], expected) <= OPERATION[torch.float32]
 
 
@@ -169,7 +150,7 @@ def test_states_of_any_strides() -> None:
     ops.write_kv(key.transpose(0, 1).contiguous().transpose(0, 1), beside, sequences.kv, batch)
     turned = query.transpose(0, 1).contiguous().transpose(0, 1)
     attended = ops.paged_attention(turned, sequences.kv, batch, SCALING)
-    assert error(attended, dense(query, key, value, None, None, None)) <= OPERATION[torch.float32]
+    assert error(attended, dense(query, key, value, SCALING, None, None, None)) <= OPERATION[torch.float32]
 
 
 def test_writing_touches_nothing_else() -> None:

@@ -23,7 +23,7 @@ from heddle_kernels.cpu_kernels import row_plan
 from heddle_kernels.cpu_kernels.ops import CpuOps, why_not
 from heddle_kernels.segments import BASE_SLOT, Segments
 from heddle_kernels.site_group import SiteGroup
-from row_samples import layout_of, make_rows, normal, pack, place, random_rows, relative_error
+from row_samples import POPULARITY, RANKS, layout_of, make_rows, normal, pack, place, random_rows, relative_error
 from row_world import OTHER, RowWorld, full_update, group_of
 from tolerances import OPERATION
 
@@ -33,23 +33,6 @@ LAYOUT = layout_of(OTHER, *SITES)
 GROUP = group_of(SITES)
 OPS = CpuOps()
 ONE_OF_EACH_LENGTH = [3, 1, 37, 1, 140, 2]  # tokens of each run; 140 go through torch's matrix product
-
-POPULARITY: dict[str, list[int]] = {  # which of the placed adapters each run of tokens uses
-    "distinct": [0, 1, 2, 3, 4, 5],
-    "uniform": [0, 0, 1, 1, 2, 2],
-    "zipf": [0, 0, 0, 1, 1, 2],
-    "identical": [0, 0, 0, 0, 0, 0],
-    "skewed": [0, 0, 0, 0, 0, 5],
-    "with_base": [BASE_SLOT, 0, BASE_SLOT, 1, BASE_SLOT, 2],
-    "empty": [],
-}
-RANKS: dict[str, list[int]] = {
-    "1": [1] * 6,
-    "8": [8] * 6,
-    "17": [17] * 6,
-    "256": [256] * 6,
-    "mixed": [1, 8, 3, 64, 17, 2],
-}
 
 
 @pytest.mark.parametrize("dtype", OPERATION, ids=str)

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
+from dense_attention import dense
 from heddle_kernels.paged_batch import PagedBatch
 from heddle_kernels.reference import ReferenceOps
 from tolerances import OPERATION
 
 PAGE_TOKENS, HEAD_DIM, NUM_PAGES = 4, 8, 40
 SCALING = 0.3
-
-
-def dense(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    """One sequence, all tokens at once, float64: query [length, heads, dim] -> the same."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (states.double().repeat_interleave(group, dim=1).transpose(0, 1) for states in (key, value))
-    scores = query.double().transpose(0, 1) @ key.transpose(1, 2) * SCALING
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(len(query))
-    age = position[:, None] - position[None, :]
-    hidden = (age < 0) | (age >= (window or math.inf))
-    weights = scores.masked_fill(hidden, -math.inf).exp()
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + sinks.double().exp().view(-1, 1, 1)
-    return (weights / total @ value).transpose(0, 1)
 
 
 @pytest.mark.parametrize("dtype", OPERATION, ids=str)
@@ -70,7 +50,7 @@ def test_matches_dense_attention(
             first = batch.query_bounds[number]
             out[number][begin:end] = attended[first : first + end - begin]
     for number, length in enumerate(lengths):
-        expected = dense(query[number], key[number], value[number], window, softcap, sinks)
+        expected = dense(query[number], key[number], value[number], SCALING, window, softcap, sinks)
         error = (out[number].double() - expected).abs().max() / expected.abs().max()
         assert error <= OPERATION[dtype], f"sequence of {length}: relative error {error:.1e}"
 

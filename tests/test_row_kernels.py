@@ -13,6 +13,8 @@ from heddle_adapters.canonical import SiteUpdate
 from heddle_adapters.device_rows import DeviceRows
 from heddle_kernels.segments import BASE_SLOT, Segments
 from row_samples import (
+    POPULARITY,
+    RANKS,
     apply,
     canonical,
     layout_of,
@@ -31,23 +33,6 @@ SITE = Site("site", "linear", IN_FEATURES, OUT_FEATURES, has_bias=True)
 OTHER = Site("other", "linear", 8, 8, has_bias=False)
 LAYOUT = layout_of(OTHER, SITE)
 SITE_ID = 1  # not the first, so that a wrong site number shows
-
-POPULARITY: dict[str, list[int]] = {  # which of the placed adapters each run of tokens uses
-    "distinct": [0, 1, 2, 3, 4, 5],
-    "uniform": [0, 0, 1, 1, 2, 2],
-    "zipf": [0, 0, 0, 1, 1, 2],
-    "identical": [0, 0, 0, 0, 0, 0],
-    "skewed": [0, 0, 0, 0, 0, 5],
-    "with_base": [BASE_SLOT, 0, BASE_SLOT, 1, BASE_SLOT, 2],
-    "empty": [],
-}
-RANKS: dict[str, list[int]] = {
-    "1": [1] * 6,
-    "8": [8] * 6,
-    "17": [17] * 6,
-    "256": [256] * 6,
-    "mixed": [1, 8, 3, 64, 17, 2],
-}
 
 
 @dataclass

@@ -14,6 +14,7 @@ from heddle_kernels.cpu_kernels.tiles import (
     add_tile_product,
     load_tile,
     release_tiles,
+    rows_of_tiles,
     shape_tiles,
     store_tile,
     zero_tile,
@@ -123,8 +124,8 @@ def _by_tiles(
     num_tokens, row_bytes = x.shape[0], x.shape[1] * 2
     member = next_member(tasks)
     pairs, totals, products = pair_room[member], float_room[member, 0], float_room[member, 1]
-    num_tiles = (num_tokens + TILE_ROWS - 1) // TILE_ROWS
-    num_rows = (num_tokens + num_tiles - 1) // num_tiles
+    num_rows = rows_of_tiles(num_tokens)
+    num_tiles = (num_tokens + num_rows - 1) // num_rows
     tiles_at_once = MOST_ROWS // num_rows
     shape_tiles(num_rows)
     while True:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite.binding import get_host_cpu_features
 from torch import Tensor, nn
 
 from heddle_kernels.cpu_kernels import elementwise
 from heddle_kernels.cpu_kernels.attention import attend_sequences, write_pages
 from heddle_kernels.cpu_kernels.bits import SUPPORTED, Floats, Stored, as_stored
+from heddle_kernels.cpu_kernels.instructions import has_features
 from heddle_kernels.cpu_kernels.long_segments import expand_long, shrink_long
 from heddle_kernels.cpu_kernels.nf4_linear import CpuNf4Linear
 from heddle_kernels.cpu_kernels.nf4_panels import Nf4Panels
@@ -47,8 +47,7 @@ def why_not(dtype: torch.dtype) -> str | None:
     """Why these operations cannot compute with this dtype on this processor; None when they can."""
     if dtype not in SUPPORTED:
         return f"{dtype} is none of {', '.join(map(str, SUPPORTED))}"
-    features = get_host_cpu_features()
-    if dtype == torch.float16 and not (features.get("f16c") or features.get("fullfp16") or features.get("neon")):
+    if dtype == torch.float16 and not any(map(has_features, ("f16c", "fullfp16", "neon"))):
         return "this processor does not convert float16"
     return None
 

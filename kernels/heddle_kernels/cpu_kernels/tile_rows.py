@@ -12,11 +12,11 @@ from heddle_kernels.cpu_kernels.bits import Floats, Stored, compiled, narrow, wi
 from heddle_kernels.cpu_kernels.rows import Bytes, Ints, Longs, activate, rows_of_group
 from heddle_kernels.cpu_kernels.team import Tasks, in_parallel, next_member, next_task
 from heddle_kernels.cpu_kernels.tiles import (
-    TILE_ROWS,
     add_tile_product,
     add_tile_rounded,
     load_tile,
     release_tiles,
+    rows_of_tiles,
     shape_tiles,
     store_tile,
     zero_tile,
@@ -107,7 +107,7 @@ def _shrink_parts(
 def _shrink_part(x: Stored, pairs: Stored, sums: Floats, h: Floats) -> None:
     """x [tokens, in_features], pairs [chunks, CHUNK / 2, PANEL, 2] -> h [tokens, at most PANEL]."""
     num_tokens, num_chunks, row_bytes = x.shape[0], x.shape[1] // CHUNK, x.shape[1] * 2
-    num_rows = _rows_of_tiles(num_tokens)
+    num_rows = rows_of_tiles(num_tokens)
     shape_tiles(num_rows)
     for i in range(0, num_tokens, num_rows):
         token = min(i, num_tokens - num_rows)
@@ -138,14 +138,6 @@ def _shrink_part(x: Stored, pairs: Stored, sums: Floats, h: Floats) -> None:
         for row in range(num_rows):
             for k in range(h.shape[1]):
                 h[token + row, k] = (sums[0, row, k] + sums[1, row, k]) + (sums[2, row, k] + sums[3, row, k])
-
-
-@compiled
-def _rows_of_tiles(num_tokens: int) -> int:
-    """Tokens of a tile: all tiles have as many, so the last begins among those of the one before, and computes them
-    again with the same outcome."""
-    num_tiles = (num_tokens + TILE_ROWS - 1) // TILE_ROWS
-    return (num_tokens + num_tiles - 1) // num_tiles
 
 
 @compiled
@@ -284,7 +276,7 @@ def _expand_panel(
 
     halves as `_split` made them, pairs as `_repeat_rows` did; products [2, TILE_ROWS, PANEL] is room to work in.
     """
-    num_tokens, num_rows, row_bytes = y.shape[0], _rows_of_tiles(y.shape[0]), y.shape[1] * 2
+    num_tokens, num_rows, row_bytes = y.shape[0], rows_of_tiles(y.shape[0]), y.shape[1] * 2
     shape_tiles(num_rows)
     for begin in range(0, num_tokens, num_rows):
         token = min(begin, num_tokens - num_rows)

@@ -13,6 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from heddle_kernels.cpu_kernels.bits import compiled
 from heddle_kernels.cpu_kernels.instructions import (
     BYTE,
     FLOATS,
@@ -171,3 +172,11 @@ def add_tile_product(_context: Any, total: Any, x: Any, weights: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(total, x, weights), generate
+
+
+@compiled
+def rows_of_tiles(num_tokens: int) -> int:
+    """Tokens of a tile: all tiles have as many, so the last begins among those of the one before, and computes them
+    again with the same outcome."""
+    num_tiles = (num_tokens + TILE_ROWS - 1) // TILE_ROWS
+    return (num_tokens + num_tiles - 1) // num_tiles

@@ -2,4 +2,6 @@
 
 import logging
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it regrets the absence of a hub client
+# At import it regrets the absence of a hub client, and in every int8 layer of every step that activations pass through
+# float16 on their way to int8.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -227,11 +227,9 @@ def quantise_rows_alone(model: nn.Module) -> None:
     Above a threshold, LLM.int8 computes a whole column of the batch in 16 bit for the sake of one row's outlier: one
     request would change another's answer. Quantised checkpoints come with such a threshold.
     """
-    layers = [module for module in model.modules() if isinstance(module, Linear8bitLt)]
-    for layer in layers:
-        layer.state.threshold = 0.0
-    if layers:  # it warns in every layer of every step that activations pass through float16 on their way to int8
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.state.threshold = 0.0
 
 
 def eos_token_ids(path: Path, model: PreTrainedModel) -> tuple[int, ...]:
