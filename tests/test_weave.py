@@ -16,8 +16,9 @@ from heddle_kernels.ops import Ops
 from heddle_kernels.reference import ReferenceOps
 from heddle_kernels.segments import BASE_SLOT, Segments
 from heddle_kernels.site_group import SiteGroup
+from heddle_server.engine import base_linear
 from heddle_server.engine.attention import ATTENTION_NAME, register_attention
-from heddle_server.engine.base_linear import BaseLinears, DenseForMany
+from heddle_server.engine.base_linear import NEVER, TRIED_TOKENS, BaseLinears, DenseForMany, measured_crossover
 from heddle_server.engine.joined_linear import join
 from heddle_server.engine.probe import probe
 from heddle_server.engine.weave import AdapterBatch, ForwardContext, WovenLinear, site_of, weave
@@ -170,3 +171,21 @@ def test_dense_weights_that_are_kept_answer_large_batches() -> None:
         assert relative_error(kept(x), packed(x).double()) < 1e-5
     plain = linear(8, 8, False, "dense")
     assert BaseLinears(ReferenceOps(), torch.float32, keep_dense=True).make(plain) is plain
+
+
+@pytest.mark.parametrize(
+    ("faster_at", "expected"),
+    [((), NEVER), ((8,), NEVER), ((512,), 512), ((8, 128, 256, 512), 128), (TRIED_TOKENS, TRIED_TOKENS[0])],
+)
+def test_one_disturbed_trial_does_not_move_the_crossover(
+    faster_at: tuple[int, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense weights are taken from where on they were faster at all numbers of tokens that were tried."""
+    made = BaseLinears(ReferenceOps(), torch.float32, keep_dense=True).make(linear(128, 64, True, "nested"))
+    assert isinstance(made, DenseForMany)
+
+    def seconds(compute: Any, x: Tensor) -> float:
+        return 2.0 if compute is made.quantised else 1.0 if len(x) in faster_at else 3.0
+
+    monkeypatch.setattr(base_linear, "_seconds", seconds)
+    assert measured_crossover(made) == expected

@@ -181,12 +181,17 @@ class DenseForMany(nn.Module):
 
 @torch.inference_mode()
 def measured_crossover(linear: DenseForMany) -> int:
-    """The first of TRIED_TOKENS at which writing out and multiplying is faster here, or NEVER."""
-    for num_tokens in TRIED_TOKENS:
+    """The least of TRIED_TOKENS from which on writing out and multiplying is faster here, or NEVER.
+
+    From the largest down, so that one disturbed trial of few tokens does not decide for all that come later.
+    """
+    crossover = NEVER
+    for num_tokens in reversed(TRIED_TOKENS):
         x = torch.ones(num_tokens, linear.in_features, dtype=linear.dense().dtype)
-        if _seconds(lambda given: functional.linear(given, linear.dense()), x) < _seconds(linear.quantised, x):
-            return num_tokens
-    return NEVER
+        if _seconds(lambda given: functional.linear(given, linear.dense()), x) >= _seconds(linear.quantised, x):
+            break
+        crossover = num_tokens
+    return crossover
 
 
 def _seconds(compute: Callable[[Tensor], Tensor], x: Tensor) -> float:
