@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -77,10 +79,25 @@ def test_64_streams_over_all_adapters_answer_as_alone(address: str) -> None:
 
     together, alone = asyncio.run(both())
     assert [reply.result.error for reply in together] == [None] * 64
+    assert [reply.result.error for reply in alone] == [None] * 64
     assert [reply.result.text for reply in together] == [reply.result.text for reply in alone]
     gauges = metrics(address)
     assert gauges["heddle_requests_running"] == 0
     assert gauges['heddle_pool_pages{kind="kv"}'] == 0
+
+
+def test_a_connection_stays_open_for_longer_than_clients_keep_it(address: str) -> None:
+    """Were the server the first to close it, a request on its way would be lost."""
+    host = urlsplit(address)
+    connection = http.client.HTTPConnection(str(host.hostname), host.port, timeout=30)
+    sockets = []
+    for wait_seconds in (0, 6):
+        time.sleep(wait_seconds)
+        connection.request("GET", "/v1/models")
+        assert connection.getresponse().read()
+        sockets.append(connection.sock)
+    assert sockets[0] is sockets[1] is not None
+    connection.close()
 
 
 def test_the_official_client_with_strict_validation(address: str) -> None:

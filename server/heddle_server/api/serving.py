@@ -23,6 +23,9 @@ from heddle_server.config import ConfigError, ServerConfig
 from heddle_server.messages import ModelCard, StartupProgress
 from heddle_server.options import format_size
 
+# Longer than clients and proxies keep an idle connection (httpx 5 s, aiohttp 15 s, nginx 60 s): were the server first,
+# a request could be on its way over a connection that is just being closed, and be lost.
+KEEP_ALIVE_SECONDS = 75
 SHUTDOWN_SECONDS = 10  # for requests in flight when the server is told to stop; then they end with an error
 LAST_WORDS_SECONDS = 2  # for those errors to reach their clients
 
@@ -109,6 +112,7 @@ class _Run:
                 create_app(service),
                 log_config=None,
                 access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS + LAST_WORDS_SECONDS,
             ),
             service,
