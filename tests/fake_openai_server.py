@@ -1,7 +1,9 @@
 """A small real OpenAI-compatible server of known speed, in a thread of the test's own process.
 
 It answers with numbered words, `ttft_seconds` to the first and `inter_token_seconds` between them. What it does
-beyond that depends on the adapter's name, taken from `adapter` or else from `model`: see `FAULTS`.
+beyond that depends on the adapter's name, taken from `adapter` or else from `model`: see `FAULTS`. Like heddle it
+takes uploads, counts in /metrics and ends its answers with a `heddle` object; `/info` and `/lora-adapters` are those
+of LoRAX and llama.cpp.
 """
 
 import asyncio
@@ -24,7 +26,11 @@ FAULTS = {
     "dropped": "breaks the connection after two words",
     "silent": "sends no usage and counts nothing",
     "stuck": "never sends a word",
+    "frail": "breaks the connection before it answers anything",
 }
+
+
+_HEDDLE_PART = {"adapter": "poet", "version": 3, "cache": "disk", "load_ms": 182.5, "queue_ms": 200, "ttft_ms": 231}
 
 
 class FakeOpenAIServer:
@@ -37,12 +43,17 @@ class FakeOpenAIServer:
         ttft_seconds: float = 0.05,
         inter_token_seconds: float = 0.01,
         api_key: str | None = None,
+        has_metrics: bool = True,
     ) -> None:
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []  # of the same requests
+        self.keys: list[str | None] = []  # the Authorization headers of the same requests
+        self.uploads: dict[str, dict[str, bytes]] = {}  # adapter -> its files
         self.max_in_flight = 0
         self._num_in_flight = 0
-        self._models = tuple(models)
+        self._models = list(models)
+        self._has_metrics = has_metrics
         self._ttft_seconds = ttft_seconds
         self._inter_token_seconds = inter_token_seconds
         self._api_key = api_key
@@ -67,6 +78,13 @@ class FakeOpenAIServer:
         app = web.Application()
         app.router.add_get("/v1/models", self._list_models)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._chat)
+        app.router.add_post("/v1/adapters", self._upload)
+        app.router.add_delete("/v1/adapters/{name}", self._delete)
+        app.router.add_get("/info", self._info)
+        app.router.add_get("/lora-adapters", self._list_numbers)
+        if self._has_metrics:
+            app.router.add_get("/metrics", self._metrics)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await runner.setup()
         try:
@@ -83,9 +101,37 @@ class FakeOpenAIServer:
         entries = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self._models]
         return web.json_response({"object": "list", "data": entries})
 
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response({"model_id": self._models[0]})
+
+    async def _list_numbers(self, request: web.Request) -> web.Response:
+        return web.json_response([{"id": n, "path": f"{name}.gguf"} for n, name in enumerate(self._models[1:])])
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(
+            text="# TYPE requests_total counter\n"
+            f'requests_total{{adapter="a b}}\\"", path = "/v1"}} {len(self.bodies)} 1700000000000\n'
+            f"running {self._num_in_flight}\n"
+        )
+
+    async def _upload(self, request: web.Request) -> web.Response:
+        parts = dict(await request.post())
+        name = str(parts.pop("name"))
+        if name == "unfit":
+            return web.json_response(_envelope("adapter_incompatible", "made for another base"), status=400)
+        self.uploads[name] = {part: value.file.read() for part, value in parts.items()}  # type: ignore[union-attr]
+        self._models.append(name)
+        return web.json_response({"name": name}, status=201)
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        self._models.remove(request.match_info["name"])
+        return web.json_response({"deleted": True})
+
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        self.paths.append(request.path)
+        self.keys.append(request.headers.get("Authorization"))
         adapter = body.get("adapter", body.get("model"))
         if adapter == "overloaded":
             return web.json_response(_envelope("adapter_capacity", "all slots are taken"), status=503)
@@ -93,6 +139,9 @@ class FakeOpenAIServer:
             return web.Response(text="short and stout", status=418)
         if adapter == "unstreamed":
             return web.json_response({"choices": []})
+        if adapter == "frail" and request.transport is not None:
+            request.transport.abort()
+            await asyncio.sleep(3600)  # until the handler is cancelled
         self._num_in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self._num_in_flight)
         try:
@@ -103,8 +152,10 @@ class FakeOpenAIServer:
     async def _stream(self, request: web.Request, adapter: str, num_tokens: int) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
+        is_chat = request.path == "/v1/chat/completions"
         await response.write(b": keep-alive\n\n")
-        await _send(response, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        if is_chat:
+            await _send(response, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         await asyncio.sleep(3600 if adapter == "stuck" else self._ttft_seconds)
         for index in range(num_tokens):
             if index == 2 and adapter in ("poisoned", "garbled", "cut", "dropped"):
@@ -113,8 +164,10 @@ class FakeOpenAIServer:
             if index:
                 await asyncio.sleep(self._inter_token_seconds)
             is_last = index == num_tokens - 1
-            choice = {"index": 0, "delta": {"content": f"{index} "}, "finish_reason": "length" if is_last else None}
-            await _send(response, {"choices": [choice], "usage": None})
+            piece = {"delta": {"content": f"{index} "}} if is_chat else {"text": f"{index} "}
+            choice = {"index": 0, **piece, "finish_reason": "length" if is_last else None}
+            source = {"heddle": _HEDDLE_PART} if is_last and adapter != "silent" else {}
+            await _send(response, {"choices": [choice], "usage": None, **source})
         if adapter != "silent":
             await _send(response, {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": num_tokens}})
         await response.write(b"data: [DONE]\n\n")

@@ -98,7 +98,7 @@ def test_what_cannot_be_measured_is_told_in_a_line(arguments: tuple[str, ...], w
 
 def test_without_peft_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     require_peft()
-    monkeypatch.setattr("heddle_demo.bench.peft_arm.find_spec", lambda name: None)
+    monkeypatch.setattr("heddle_loadtest.baseline.peft_runner.find_spec", lambda name: None)
     with pytest.raises(Exception, match=r"peft is not installed.*pip install"):
         require_peft()
 

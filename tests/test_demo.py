@@ -19,7 +19,7 @@ from heddle_demo.data import ADAPTERS, ADAPTERS_DIR, BASE_NAME, UPLOADS
 from heddle_demo.styles import STYLES
 from heddle_demo.tour import BASE, Reply, ask
 from heddle_demo.world import questions
-from heddle_loadtest.client import ChatClient
+from heddle_loadtest.client.chat_client import ChatClient
 
 NAMES = [BASE, *ADAPTERS, *UPLOADS]
 HEDDLE = [sys.executable, "-m", "heddle_server"]

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from heddle_loadtest.answer import StreamedAnswer, read_error_body
-from heddle_loadtest.result import RequestError
-from heddle_loadtest.sse import SseEvent
+from heddle_loadtest.client.answer import StreamedAnswer, read_error_body
+from heddle_loadtest.client.result import RequestError, ServerReport
+from heddle_loadtest.client.sse import SseEvent
 
 
 def feed(answer: StreamedAnswer, *chunks: object) -> StreamedAnswer:
@@ -83,3 +83,37 @@ def test_event_that_is_no_json_object_is_an_error(data: str) -> None:
 )
 def test_error_body_is_read_in_every_usual_form(body: str, expected: RequestError) -> None:
     assert read_error_body(400, body) == expected
+
+
+def test_plain_completions_bring_text() -> None:
+    chunks = [{"choices": [{"index": 0, "text": text, "finish_reason": None}]} for text in ("a", "b")]
+    answer = feed(StreamedAnswer(), *chunks, {"choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
+    assert (answer.text, answer.chunk_seconds, answer.finish_reason) == ("ab", [0.0, 1.0], "length")
+    assert answer.finished_seconds == 2.0
+
+
+def test_heddles_own_part_is_read_in_seconds_wherever_it_stands() -> None:
+    part = {"adapter": "sql", "version": 3, "cache": "disk", "load_ms": 182.0, "queue_ms": None, "ttft_ms": 231}
+    for chunk in ({**choice({}, "stop"), "heddle": part}, {"choices": [], "usage": {}, "heddle": part}):
+        answer = feed(StreamedAnswer(), choice({"content": "a"}), chunk, "[DONE]")
+        assert answer.server == ServerReport(cache="disk", load_seconds=0.182, queue_seconds=None, ttft_seconds=0.231)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"choices": [{"delta": {"content": "a", "reasoning": 3}, "finish_reason": 7}], "usage": "none"},
+        {"choices": [{"delta": {"content": "a"}}], "usage": {"prompt_tokens": "three"}, "heddle": []},
+        {"choices": [{"delta": {"content": "a", "tool_calls": [{}]}, "text": 5}, "another"]},
+    ],
+)
+def test_fields_of_another_type_do_not_cost_the_others(odd: object) -> None:
+    answer = feed(StreamedAnswer(), odd, choice({}, "stop"))
+    assert (answer.text, answer.chunk_seconds, answer.error) == ("a", [0.0], None)
+    assert answer.num_prompt_tokens is None
+
+
+def test_usage_of_odd_chunks_is_kept() -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 9, "details": None}
+    answer = feed(StreamedAnswer(), choice({"content": "a"}, "stop"), {"choices": None, "usage": usage})
+    assert (answer.num_prompt_tokens, answer.num_output_tokens) == (3, 9)

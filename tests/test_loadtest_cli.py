@@ -52,7 +52,7 @@ def test_run_prints_tables_and_then_one_json_line(server: FakeOpenAIServer) -> N
     document = last_line(done.stdout)
     assert (document["total"]["num_ok"], document["total"]["num_output_tokens"]) == (6, 24)
     assert list(document["adapters"]) == ["base", "poet"]
-    assert document["settings"]["seed"] == 7
+    assert document["repeats"][0]["seed"] == 7
     assert document["total"]["ttft_seconds"]["p50"] > 0.045
     assert "time to first token" in done.stdout
     assert server.bodies[-1]["messages"] == [{"role": "user", "content": "Why?"}]
@@ -62,7 +62,7 @@ def test_json_alone(server: FakeOpenAIServer) -> None:
     done = loadtest("run", "--target", server.url, "--duration", "200ms", "--max-tokens", "2", "--json-only")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
-    assert last_line(done.stdout)["settings"]["duration_seconds"] == 0.2
+    assert last_line(done.stdout)["total"]["num_ok"] > 0
 
 
 def test_exit_code_1_if_every_request_failed(server: FakeOpenAIServer) -> None:
@@ -86,7 +86,7 @@ def test_exit_code_1_if_every_request_failed(server: FakeOpenAIServer) -> None:
         (["--adapters", "base,"], "--adapters 'base,': one is empty"),
         (["--adapters", "poets"], "--adapters 'poets': the target does not list it. It has: poet"),
         (["--model", "huge"], "--model 'huge': the target does not list it. It has: "),
-        (["--style", "vllm"], "--style"),
+        (["--style", "triton"], "--style"),
         (["--prompts-file", "none.txt"], "--prompts-file 'none.txt': No such file or directory"),
         (["--prompt", "a", "--prompts-file", "b"], "--prompts-file 'b': comes on top of --prompt"),
     ],
@@ -138,7 +138,9 @@ def test_help_needs_no_heavy_import() -> None:
 
 
 def test_package_imports_nothing_of_heddles_other_packages() -> None:
-    for path in (SOURCE_ROOT / "heddle_loadtest").glob("*.py"):
+    for path in (SOURCE_ROOT / "heddle_loadtest").rglob("*.py"):
+        if path.parent.name == "baseline":
+            continue  # which has torch, and PEFT
         source = path.read_text(encoding="utf-8")
         for other in ("heddle_server", "heddle_kernels", "heddle_adapters", "heddle_demo", "torch"):
             assert f"import {other}" not in source

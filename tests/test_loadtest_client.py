@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from fake_openai_server import FAULTS, FakeOpenAIServer
-from heddle_loadtest.client import ChatClient
+from heddle_loadtest.client.chat_client import ChatClient
+from heddle_loadtest.client.result import RequestResult, ServerReport
+from heddle_loadtest.client.style import Style
+from heddle_loadtest.client.target import Target
 from heddle_loadtest.errors import TargetError
-from heddle_loadtest.result import RequestResult
-from heddle_loadtest.style import AdapterStyle
+from heddle_loadtest.workload.schedule import ScheduledRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -64,10 +66,11 @@ def test_answer_is_whole_and_its_times_are_the_servers(server: FakeOpenAIServer)
         ("cut", "stream_interrupted", 200, "0 1 "),
         ("dropped", "connection_lost", 200, "0 1 "),
         ("stuck", "timeout", 200, ""),
+        ("frail", "connection_failed", None, ""),
     ],
 )
 def test_failure_is_recorded_by_code(
-    server: FakeOpenAIServer, adapter: str, code: str, http_status: int, text: str
+    server: FakeOpenAIServer, adapter: str, code: str, http_status: int | None, text: str
 ) -> None:
     result = chat(server.url, adapter, timeout_seconds=0.5)
     assert adapter in FAULTS
@@ -91,14 +94,14 @@ def test_chunks_are_counted_where_the_server_reports_no_usage(server: FakeOpenAI
 @pytest.mark.parametrize(
     ("style", "adapter", "expected"),
     [
-        (AdapterStyle.HEDDLE, "poet", {"model": "tiny", "adapter": "poet"}),
-        (AdapterStyle.HEDDLE, "base", {"model": "tiny"}),
-        (AdapterStyle.OPENAI, "poet", {"model": "poet"}),
-        (AdapterStyle.OPENAI, None, {"model": "tiny"}),
+        (Style.HEDDLE, "poet", {"model": "tiny", "adapter": "poet"}),
+        (Style.HEDDLE, "base", {"model": "tiny"}),
+        (Style.VLLM, "poet", {"model": "poet"}),
+        (Style.VLLM, None, {"model": "tiny"}),
     ],
 )
 def test_style_decides_how_the_adapter_is_named(
-    server: FakeOpenAIServer, style: AdapterStyle, adapter: str | None, expected: dict[str, str]
+    server: FakeOpenAIServer, style: Style, adapter: str | None, expected: dict[str, str]
 ) -> None:
     async def ask() -> RequestResult:
         async with ChatClient(f"{server.url}/v1/", style=style) as client:
@@ -166,3 +169,58 @@ def test_key_is_sent_and_never_shown() -> None:
 def test_client_that_is_not_open_says_so() -> None:
     with pytest.raises(RuntimeError, match="async with"):
         asyncio.run(ChatClient("http://127.0.0.1:1").chat(HELLO))
+
+
+def scheduled(adapter: str = "poet", prompt: str | list[int] = "Hello", max_tokens: int = 5) -> ScheduledRequest:
+    return ScheduledRequest(
+        id=7, at_seconds=None, adapter=adapter, tenant="gold", prompt=prompt, max_tokens=max_tokens, ignore_eos=True,
+        temperature=0.0, seed=3,
+    )  # fmt: skip
+
+
+def send(url: str, request: ScheduledRequest, api_key: str | None = None, *, keep_text: bool = True) -> RequestResult:
+    async def ask() -> RequestResult:
+        async with ChatClient(Target(url=url, model="tiny", api_key="of-the-target")) as client:
+            return await client.send(request, time.perf_counter(), api_key=api_key, keep_text=keep_text)
+
+    return asyncio.run(ask())
+
+
+def test_scheduled_request_keeps_its_marks_and_the_servers_report(server: FakeOpenAIServer) -> None:
+    result = send(server.url, scheduled())
+    assert (result.id, result.adapter, result.tenant, result.text) == (7, "poet", "gold", "0 1 2 3 4 ")
+    assert result.server == ServerReport(cache="disk", load_seconds=0.1825, queue_seconds=0.2, ttft_seconds=0.231)
+    assert server.bodies[-1]["ignore_eos"] is True
+    assert server.keys[-1] == "Bearer of-the-target"
+
+
+def test_token_ids_are_a_plain_completion(server: FakeOpenAIServer) -> None:
+    result = send(server.url, scheduled(prompt=[5, 6, 7]))
+    assert (server.paths[-1], server.bodies[-1]["prompt"]) == ("/v1/completions", [5, 6, 7])
+    assert (result.text, result.num_output_tokens, result.finish_reason) == ("0 1 2 3 4 ", 5, "length")
+    assert len(result.chunk_seconds) == 5
+
+
+def test_tenants_key_takes_the_place_of_the_targets(server: FakeOpenAIServer) -> None:
+    assert send(server.url, scheduled(), "of-the-tenant").is_ok
+    assert server.keys[-1] == "Bearer of-the-tenant"
+
+
+def test_text_is_dropped_where_nobody_wants_it(server: FakeOpenAIServer) -> None:
+    result = send(server.url, scheduled(), keep_text=False)
+    assert (result.text, len(result.chunk_seconds)) == ("", 5)
+
+
+def test_cancelled_request_is_abandoned_with_what_had_come(server: FakeOpenAIServer) -> None:
+    async def ask_and_give_up() -> RequestResult:
+        async with ChatClient(Target(url=server.url, model="tiny")) as client:
+            task = asyncio.create_task(client.send(scheduled(max_tokens=1000), time.perf_counter()))
+            await asyncio.sleep(0.5)
+            task.cancel()
+            return await task
+
+    result = asyncio.run(ask_and_give_up())
+    assert result.error is not None
+    assert (result.error.code, result.http_status) == ("abandoned", 200)
+    assert 2 <= len(result.chunk_seconds) < 1000
+    assert result.text.startswith("0 1 ")

@@ -1,8 +1,11 @@
 """The SSE parser against every way a network or a server can cut and write events."""
 
+import random
+from itertools import pairwise
+
 import pytest
 
-from heddle_loadtest.sse import SseEvent, SseParser
+from heddle_loadtest.client.sse import SseEvent, SseParser
 
 STREAM = (
     "\ufeff: keep-alive\n\n"
@@ -52,3 +55,20 @@ def test_last_event_without_its_blank_line_is_kept() -> None:
 
 def test_bytes_that_are_no_utf8_do_not_stop_the_stream() -> None:
     assert SseParser().feed(b"data: \xff\n\n") == [SseEvent("\ufffd")]
+
+
+def test_events_that_come_together_are_split_without_losing_one() -> None:
+    """The short way through the parser, taken only between events, against the long one."""
+    draws = random.Random(3)
+    plain, odd = (
+        ['data: {"a": 1}\n\n', "data: gr\u00fc\u00df\n\n"],
+        ["event: x\ndata: y\n\n", ": note\n\n", "data: z\r\n\r\n"],
+    )
+    for _ in range(300):
+        written = "".join(draws.choice(plain * 4 + odd) for _ in range(12)).encode()
+        at_once, in_pieces, by_byte = SseParser(), SseParser(), SseParser()
+        cuts = sorted(draws.sample(range(len(written) + 1), 5))
+        pieces = [written[start:end] for start, end in pairwise([0, *cuts, len(written)])]
+        expected = [event for byte in written for event in by_byte.feed(bytes([byte]))]
+        assert at_once.feed(written) == expected
+        assert [event for piece in pieces for event in in_pieces.feed(piece)] == expected

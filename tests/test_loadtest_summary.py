@@ -1,74 +1,46 @@
-"""The numbers of a summary, against numpy and against requests whose times are known."""
+"""The numbers of a summary, against requests whose times are known."""
+
+from __future__ import annotations
 
 import json
-import random
 
-import numpy as np
 import pytest
+from msgspec.structs import replace
 
-from heddle_loadtest.distribution import Distribution, percentile
-from heddle_loadtest.report import print_summary
-from heddle_loadtest.result import RequestError, RequestResult
-from heddle_loadtest.spec import ClosedLoopSpec
-from heddle_loadtest.summary import Summary, summarize
+from heddle_loadtest.client.result import RequestError
+from heddle_loadtest.measure.summary import MAX_ADAPTER_ROWS, SCHEMA_VERSION, Summary, summarize
+from heddle_loadtest.run.outcome import UploadResult
+from heddle_loadtest.workload.spec import Slo, Tenant
+from loadtest_samples import OPEN_LOOP, make_cached_result, make_outcome, make_result
 
-SPEC = ClosedLoopSpec(
-    target="http://127.0.0.1:8000", num_requests=4, adapters=("base", "[poet]"), model="tiny", api_key="sk-secret"
-)
-
-
-def result(adapter: str, start: float, *chunks: float, error: RequestError | None = None) -> RequestResult:
-    return RequestResult(
-        adapter=adapter,
-        scheduled_seconds=start,
-        started_seconds=start,
-        finished_seconds=chunks[-1] if chunks else start + 1.0,
-        chunk_seconds=chunks,
-        text="x" * len(chunks),
-        num_prompt_tokens=None,
-        num_output_tokens=len(chunks),
-        finish_reason="stop",
-        http_status=200,
-        error=error,
-    )
+FULL, LOST = RequestError("queue_full", "try [later]"), RequestError("connection_lost", "reset")
+ABANDONED = RequestError("abandoned", "the run was stopped")
+WORKLOAD = replace(OPEN_LOOP, slo=Slo(ttft_seconds=0.9))
 
 
 @pytest.fixture
 def summary() -> Summary:
-    full, lost = RequestError("queue_full", "try [later]"), RequestError("connection_lost", "reset")
-    results = [
-        result("base", 10.0, 10.5, 10.6, 10.7),
-        result("[poet]", 10.0, 11.0, 11.2, 11.8),
-        result("base", 11.0, error=lost),
-        result("base", 12.0, 13.0, 14.0, error=full),
-        result("base", 12.0, error=full),
+    first = [
+        make_result(10.0, 10.5, 10.6, 10.7),
+        make_result(10.0, 11.0, 11.2, 11.8, adapter="[poet]"),
+        make_result(11.0, error=LOST),
+        make_result(12.0, 13.0, 14.0, error=FULL),
     ]
-    return summarize(SPEC, results)
+    second = [make_result(0.0, error=FULL), make_result(1.0, error=ABANDONED, lag=0.25)]
+    outcomes = [
+        make_outcome(first, started=10.0, seed=7),
+        make_outcome(second, seed=8, was_interrupted=True),
+    ]
+    return summarize(WORKLOAD, outcomes)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 10, 101, 1000])
-def test_percentiles_are_numpys(count: int) -> None:
-    source = random.Random(count)
-    values = [source.expovariate(1.0) for _ in range(count)]
-    distribution = Distribution.of(values)
-    assert distribution is not None
-    expected = [np.percentile(values, percent) for percent in (50, 90, 99)]
-    assert [distribution.p50, distribution.p90, distribution.p99] == pytest.approx(expected)
-    assert distribution.mean == pytest.approx(np.mean(values))
-    assert (distribution.count, distribution.max) == (count, max(values))
-    assert percentile(sorted(values), 0) == min(values)
-
-
-def test_nothing_measured_has_no_distribution() -> None:
-    assert Distribution.of([]) is None
-
-
-def test_total(summary: Summary) -> None:
+def test_total_pools_the_repeats(summary: Summary) -> None:
     total = summary.total
-    assert (total.num_ok, total.num_failed, total.num_output_tokens) == (2, 3, 6)
-    assert summary.elapsed_seconds == pytest.approx(4.0)
-    assert total.output_tokens_per_second == pytest.approx(1.5)
-    assert total.requests_per_second == pytest.approx(0.5)
+    assert (total.num_ok, total.num_failed, total.num_abandoned, total.num_output_tokens) == (2, 3, 1, 6)
+    assert total.error_rate == pytest.approx(0.6)
+    assert summary.elapsed_seconds == pytest.approx(4.0 + 2.0)
+    assert total.output_tokens_per_second == pytest.approx(1.0)
+    assert total.requests_per_second == pytest.approx(2 / 6)
     assert total.ttft_seconds is not None
     assert total.ttft_seconds.p50 == pytest.approx(0.75)
     assert total.tpot_seconds is not None
@@ -80,40 +52,132 @@ def test_total(summary: Summary) -> None:
     assert total.end_to_end_seconds.mean == pytest.approx(1.25)
 
 
-def test_rows_per_adapter(summary: Summary) -> None:
-    assert list(summary.adapters) == ["base", "[poet]"]
-    assert [(row.num_ok, row.num_failed) for row in summary.adapters.values()] == [(1, 3), (1, 0)]
+def test_failed_requests_break_the_service_level(summary: Summary) -> None:
+    assert summary.total.goodput is not None
+    assert (summary.total.goodput.num_kept, summary.total.goodput.num_requests) == (1, 5)
 
 
-def test_errors_are_counted_by_code(summary: Summary) -> None:
+def test_rows_per_adapter_the_most_asked_first(summary: Summary) -> None:
+    found = {name: (row.num_ok, row.num_failed, row.num_abandoned) for name, row in summary.adapters.items()}
+    assert list(found.items()) == [("base", (1, 3, 1)), ("[poet]", (1, 0, 0))]
+    assert (summary.num_adapters, summary.other_adapters) == (2, None)
+    assert summary.fairness_over_adapters is not None
+
+
+def test_errors_are_counted_by_code_with_the_first_message(summary: Summary) -> None:
     assert list(summary.errors.items()) == [("queue_full", 2), ("connection_lost", 1)]
+    assert sum(summary.errors.values()) == summary.total.num_failed
     assert summary.error_examples == {"queue_full": "try [later]", "connection_lost": "reset"}
 
 
+def test_each_repeat_has_its_own_numbers(summary: Summary) -> None:
+    first, second = summary.repeats
+    assert (first.seed, first.num_ok, first.num_failed, first.num_abandoned) == (7, 2, 2, 0)
+    assert first.requests_per_second == pytest.approx(0.5)
+    assert first.output_tokens_per_second == pytest.approx(1.5)
+    assert first.offered_requests_per_second == pytest.approx(3 / 2)
+    assert (second.seed, second.num_ok, second.num_failed, second.num_abandoned) == (8, 0, 1, 1)
+
+
+def test_verdicts(summary: Summary) -> None:
+    assert summary.lag_seconds is not None
+    assert summary.lag_seconds.max == pytest.approx(0.25)
+    assert not summary.is_valid  # sent 250 ms late
+    assert not summary.is_publishable
+    assert summary.was_interrupted
+    assert set(summary.invalid_reasons) < set(summary.unpublishable_reasons)
+
+
+def test_three_good_repeats_may_be_published() -> None:
+    results = [make_result(float(at), at + 0.1, at + 0.2) for at in range(5)]
+    summary = summarize(WORKLOAD, [make_outcome(results, seed=seed) for seed in range(3)])
+    assert summary.is_valid
+    assert summary.is_publishable
+    interval = summary.intervals["ttft_p50"]
+    assert (interval.low, interval.high) == pytest.approx((0.1, 0.1))
+
+
+def test_warm_and_cold_apart() -> None:
+    results = [
+        make_cached_result(0.0, 0.4, cache="device"),
+        make_cached_result(0.0, 0.4, cache="device"),
+        make_cached_result(0.0, 0.5, cache="host"),
+        make_cached_result(0.0, 0.9, cache="disk"),
+        make_cached_result(0.0, 0.3, cache=None),  # the base model
+        make_result(0.0, error=FULL, adapter="poet"),  # nobody knows
+    ]
+    temperature = summarize(WORKLOAD, [make_outcome(results)]).temperature
+    assert temperature is not None
+    assert temperature.warm.ttft_seconds is not None
+    assert temperature.warm.ttft_seconds.p50 == pytest.approx(0.4)
+    assert temperature.cold.ttft_seconds is not None
+    assert temperature.cold.ttft_seconds.p50 == pytest.approx(0.7)
+    assert {tier: row.num_ok for tier, row in temperature.tiers.items()} == {"device": 2, "host": 1, "disk": 1}
+    assert temperature.hit_rates == {"device": 0.5, "host": 0.25, "disk": 0.25}
+    assert temperature.parts is not None
+    assert temperature.parts.num_requests == 5
+    assert temperature.parts.ttft_seconds == pytest.approx(0.5)
+    assert temperature.parts.queue_share == pytest.approx(0.4)
+    assert temperature.parts.load_share == pytest.approx(0.04 / 0.5)
+
+
+def test_target_that_tells_nothing_has_no_temperature(summary: Summary) -> None:
+    assert summary.temperature is None
+
+
+def test_tenants() -> None:
+    results = [make_result(0.0, 0.5, tenant="paying"), make_result(0.0, error=FULL, tenant="free")]
+    workload = replace(WORKLOAD, tenants={"paying": Tenant(), "free": Tenant()})
+    summary = summarize(workload, [make_outcome(results)])
+    assert {name: row.num_ok for name, row in summary.tenants.items()} == {"paying": 1, "free": 0}
+    assert summary.fairness_over_tenants is not None
+    assert summary.fairness_over_tenants.answered == pytest.approx(0.5)
+
+
+def test_adapters_beyond_the_bound_are_one_row() -> None:
+    names = [f"adapter-{index:03}" for index in range(MAX_ADAPTER_ROWS + 30)]
+    results = [make_result(0.0, 0.5, adapter=name) for name in (*names, *names[40:])]
+    summary = summarize(WORKLOAD, [make_outcome(results)])
+    assert summary.num_adapters == MAX_ADAPTER_ROWS + 30
+    assert list(summary.adapters)[:40] == names[40:]  # asked for twice
+    assert len(summary.adapters) == MAX_ADAPTER_ROWS
+    assert summary.other_adapters is not None
+    assert summary.other_adapters.num_ok + sum(row.num_ok for row in summary.adapters.values()) == len(results)
+
+
+def test_uploads() -> None:
+    uploads = (
+        UploadResult(adapter="new", scheduled_seconds=1.0, finished_seconds=1.5, http_status=201),
+        UploadResult(adapter="newer", scheduled_seconds=2.0, finished_seconds=9.0, http_status=507, error="full"),
+    )
+    numbers = summarize(WORKLOAD, [make_outcome([make_result(0.0, 0.5)], uploads=uploads)]).uploads
+    assert numbers is not None
+    assert (numbers.num_ok, numbers.num_failed, numbers.error_example) == (1, 1, "full")
+    assert numbers.seconds is not None
+    assert numbers.seconds.max == pytest.approx(0.5)
+
+
 def test_answer_of_one_token_has_no_time_per_token() -> None:
-    row = summarize(SPEC, [result("base", 0.0, 1.0)]).total
+    row = summarize(WORKLOAD, [make_outcome([make_result(0.0, 1.0)])]).total
     assert row.ttft_seconds is not None
     assert (row.tpot_seconds, row.inter_token_seconds) == (None, None)
 
 
-def test_no_requests_at_all() -> None:
-    summary = summarize(SPEC, [], was_interrupted=True)
+@pytest.mark.parametrize("num_repeats", [0, 1])
+def test_no_requests_at_all(num_repeats: int) -> None:
+    summary = summarize(WORKLOAD, [make_outcome([])] * num_repeats)
     assert (summary.total.num_ok, summary.elapsed_seconds, summary.total.requests_per_second) == (0, 0.0, 0.0)
-    assert json.loads(json.dumps(summary.to_json()))["was_interrupted"] is True
+    assert summary.total.error_rate is None
+    assert not summary.is_valid
+    json.dumps(summary.to_json(), allow_nan=False)
 
 
-def test_report_ends_in_one_json_line(summary: Summary, capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary(summary)
-    printed = capsys.readouterr().out
-    document = json.loads(printed.splitlines()[-1])
+def test_json_is_plain_and_holds_no_prompt(summary: Summary) -> None:
+    document = json.loads(json.dumps(summary.to_json(), allow_nan=False))
     assert document == summary.to_json()
-    assert document["schema_version"] == 1
-    assert document["settings"]["adapters"] == ["base", "[poet]"]
-    assert "[poet]" in printed.split("{")[0]
-    assert "try [later]" in printed.split("{")[0]
-    assert "sk-secret" not in printed
-
-
-def test_report_can_be_the_json_line_alone(summary: Summary, capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary(summary, json_only=True)
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert document["schema_version"] == SCHEMA_VERSION == 2
+    assert document["workload"] == "sample"
+    assert document["slo"] == {"ttft_seconds": 0.9, "tpot_seconds": None, "end_to_end_seconds": None}
+    assert document["is_valid"] is False
+    assert document["total"]["ttft_seconds"]["p99_9"] > 0.99
+    assert len(document["repeats"]) == 2

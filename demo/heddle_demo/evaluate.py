@@ -19,8 +19,8 @@ from rich.table import Table
 from heddle_demo.data import ADAPTERS, UPLOADS
 from heddle_demo.tour import BASE, Reply, ask
 from heddle_demo.world import Example, held_out, questions
-from heddle_loadtest.client import ChatClient
-from heddle_loadtest.errors import TargetError
+from heddle_loadtest.client.chat_client import ChatClient
+from heddle_loadtest.errors import LoadTestError
 
 BASE_TARGET = 0.90
 ADAPTER_TARGET = 0.85
@@ -51,7 +51,7 @@ def main(
     """Print a table for people and one JSON line for scripts; exit 1 if any score is below its target."""
     try:
         scores = asyncio.run(evaluate(target))
-    except TargetError as error:
+    except LoadTestError as error:
         typer.secho(f"{error}. Start a server with `heddle demo` first.", fg="red", err=True)
         raise typer.Exit(2) from None
     table = Table("adapter", "method", "questions", "exact match", "target")
@@ -64,7 +64,7 @@ def main(
 
 
 async def evaluate(target: str) -> list[Score]:
-    """Ask everything; raises TargetError when nothing answers at `target`."""
+    """Ask everything; raises LoadTestError when nothing answers at `target`."""
     exams: list[tuple[str, str, tuple[Example, ...]]] = [(BASE, "the base, in 4 bit", questions())]
     async with ChatClient(target) as client:
         registered = await client.list_models()

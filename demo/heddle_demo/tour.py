@@ -16,11 +16,13 @@ from rich.table import Table
 from heddle_demo.data import ADAPTERS, ADAPTERS_DIR, UPLOAD_DIR, UPLOADS
 from heddle_demo.styles import STYLES
 from heddle_demo.world import Example, questions
-from heddle_loadtest.client import ChatClient
-from heddle_loadtest.report import print_tables
-from heddle_loadtest.result import RequestResult
-from heddle_loadtest.runner import run_closed_loop
-from heddle_loadtest.spec import ClosedLoopSpec
+from heddle_loadtest.client.chat_client import ChatClient
+from heddle_loadtest.client.result import RequestResult
+from heddle_loadtest.client.target import Target
+from heddle_loadtest.measure.summary import summarize
+from heddle_loadtest.report.tables import print_tables
+from heddle_loadtest.run.experiment import run_experiment
+from heddle_loadtest.workload.spec import Adapters, Closed, Output, Questions, Workload
 
 QUESTION = "What is the capital of France?"
 BASE = "base"
@@ -126,17 +128,16 @@ async def _memory_line(session: aiohttp.ClientSession) -> str:
 
 async def _load(address: str, console: Console) -> bool:
     console.print(f"{LOAD_SECONDS:.0f} seconds of load, {LOAD_STREAMS} streams over the base and all adapters:\n")
-    prompts = tuple(example.question for example in questions()[:40])
-    summary = await run_closed_loop(
-        ClosedLoopSpec(
-            target=address,
-            num_streams=LOAD_STREAMS,
-            duration_seconds=LOAD_SECONDS,
-            adapters=(BASE, *ADAPTERS, *UPLOADS),
-            prompts=prompts,
-            max_tokens=MAX_TOKENS,
-        )
+    workload = Workload(
+        name="tour",
+        seconds=LOAD_SECONDS,
+        arrivals=Closed(streams=LOAD_STREAMS),
+        adapters=Adapters(names=(BASE, *ADAPTERS, *UPLOADS)),
+        prompt=Questions(questions=tuple(example.question for example in questions()[:40])),
+        output=Output(tokens=MAX_TOKENS, exact=False),
     )
+    experiment = await run_experiment(workload, Target(url=address))
+    summary = summarize(experiment.workload, experiment.outcomes)
     print_tables(summary, console)
     return not summary.errors
 

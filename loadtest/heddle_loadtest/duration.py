@@ -3,6 +3,8 @@
 import math
 import re
 
+from heddle_loadtest.errors import SpecError
+
 _SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|)\s*", re.ASCII)
 
@@ -16,3 +18,11 @@ def parse_duration_seconds(text: str) -> float:
     if not math.isfinite(seconds):
         raise ValueError(f"too long: {text!r}")
     return seconds
+
+
+def read_duration_seconds(field: str, text: str) -> float:
+    """The same for a setting. Raises SpecError, which names the field."""
+    try:
+        return parse_duration_seconds(text)
+    except ValueError:
+        raise SpecError(field, text, "is no duration", "Write it as 500ms, 5s, 2m or 1h") from None

@@ -116,6 +116,43 @@ def serving_command(
         print_json_line(run_serving_bench(plan.quick() if quick else plan, _say), json)
 
 
+@app.command("load")
+def load_command(
+    table: Annotated[str, typer.Argument(help="punica, slora, cold or sweep.")],
+    base: Annotated[str, typer.Option(help="demo, or whose sizes random weights have: qwen2.5-0.5b, …")] = "demo",
+    out: Annotated[Path, typer.Option(help="Folder for the result folders.")] = Path("results/load"),
+    quick: Quick = False,
+) -> None:
+    """Load on whole servers by heddle-loadtest: the published tables, with what people have instead.
+
+    punica: four popularities on heddle, PEFT and transformers. slora: up to 2,000 adapters. cold: every request cold.
+    sweep: a quarter of the capacity to four times as much. Each result folder has its raw requests.
+    """
+    from heddle_demo.bench.load.load_bench import run_load_bench
+    from heddle_demo.bench.server import end_in_order
+
+    end_in_order()
+    with _failure_as_one_line():
+        run_load_bench(table, base, out, _say, quick=quick)
+
+
+@app.command("page")
+def page_command(
+    page: Annotated[Path, typer.Argument(help="Markdown page with marks of tables.")] = Path("docs/performance.md"),
+    results: Annotated[
+        Path | None, typer.Option(help="Result folders whose summaries are taken into docs first.")
+    ] = None,
+) -> None:
+    """Write the tables of docs/performance.md again, from the result folders they name."""
+    from heddle_demo.bench.load.page import keep_results, rewrite_page
+
+    with _failure_as_one_line():
+        if results is not None:
+            number = keep_results(results, page.parent / "measurements" / "load")
+            typer.echo(f"took {number} summaries from {results}")
+        page.write_text(rewrite_page(page))
+
+
 @app.command("kernels")
 def kernels_command(
     shape: Shape = "qwen2.5-0.5b",

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 import sys
 import time
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 
+from heddle_demo.bench.child import running_child
 from heddle_demo.bench.counters import Counters
 from heddle_demo.bench.failure import BenchFailed as BenchFailed
 from heddle_demo.data import BASE_DIR, BASE_NAME
 
-READY = re.compile(r"heddle is ready at (?P<address>\S+)")
-START_SECONDS = 120.0
-STOP_SECONDS = 30.0
 REQUEST_SECONDS = 300.0
 SERVER_BYTES = 700 << 20  # of memory, for a server without its pool
 
@@ -137,32 +133,9 @@ def run_to_end(measurement: Coroutine[Any, Any, T]) -> T:
 @asynccontextmanager
 async def running_server(settings: ServerSettings) -> AsyncIterator[BenchServer]:
     """A server for as long as the context lasts; raises `BenchFailed` if it does not come up."""
-    with settings.log_path.open("wb") as log:
-        process = await asyncio.create_subprocess_exec(*settings.command, stdout=log, stderr=log)
-    try:
-        address = await _address(process, settings)
-        timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
-        async with aiohttp.ClientSession(address, timeout=timeout) as session:
-            yield BenchServer(settings.name, session)
-    finally:
-        await _stop(process)
-
-
-async def _address(process: Process, settings: ServerSettings) -> str:
-    deadline = time.monotonic() + START_SECONDS
-    while (match := READY.search(settings.log_path.read_text())) is None:
-        if process.returncode is not None or time.monotonic() > deadline:
-            last_words = settings.log_path.read_text()[-2000:]
-            raise BenchFailed(f"the server with {settings.name} did not start:\n{last_words}")
-        await asyncio.sleep(0.1)
-    return match["address"]
-
-
-async def _stop(process: Process) -> None:
-    with suppress(ProcessLookupError):  # gone already, as after Ctrl-C, which the terminal sends to all
-        process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), STOP_SECONDS)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
+    timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
+    async with (
+        running_child(settings.name, settings.command, settings.log_path) as address,
+        aiohttp.ClientSession(address, timeout=timeout) as session,
+    ):
+        yield BenchServer(settings.name, session)

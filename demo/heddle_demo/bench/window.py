@@ -14,7 +14,6 @@ import numpy as np
 
 from heddle_demo.bench.counters import Counters
 from heddle_demo.bench.server import Answer, BenchServer
-from heddle_loadtest.distribution import percentile
 
 Adapters = Iterator[str | None]  # what one stream asks for, request by request
 FIRST_PLAIN_TOKEN = 16  # below lie the tokens that mark turns
@@ -130,15 +129,15 @@ def summarise(label: Label, seconds: float, end: float, answers: Sequence[Answer
     num_tokens = sum(share * answer.num_output_tokens for share, answer in zip(shares, answers, strict=True))
     counted_requests = counted.by_label("heddle_adapter_cache_requests_total", "tier")
     moved_bytes = counted.by_label("heddle_adapter_load_bytes_total", "source")
-    ttfts = sorted(answer.ttft_seconds for answer in answers)
+    ttfts = [answer.ttft_seconds for answer in answers]
     return Window(
         label=label,
         seconds=seconds,
         num_requests=len(answers),
         requests_per_second=sum(shares) / seconds,
         output_tokens_per_second=num_tokens / seconds,
-        ttft_p50_seconds=percentile(ttfts, 50),
-        ttft_p99_seconds=percentile(ttfts, 99),
+        ttft_p50_seconds=float(np.percentile(ttfts, 50)),
+        ttft_p99_seconds=float(np.percentile(ttfts, 99)),
         load_seconds_per_request=sum(answer.load_seconds for answer in answers) / len(answers),
         num_adapters=len({answer.adapter for answer in answers} - {None}),
         requests_by_tier=dict(Counter(answer.tier for answer in answers if answer.tier is not None)),

@@ -1,0 +1,1 @@
+"""One request to one OpenAI-compatible server, and what came of it."""

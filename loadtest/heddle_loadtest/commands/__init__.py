@@ -1,0 +1,1 @@
+"""The commands of `heddle-loadtest`, one file each: options to calls, and nothing else."""

@@ -1,0 +1,1 @@
+"""Numbers out of requests: latencies, goodput, fairness, intervals, comparisons. Sends and draws nothing."""
