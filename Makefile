@@ -24,10 +24,18 @@ format: $(VENV)/ready ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-soak: $(VENV)/ready ## the long proofs and the benchmarks, about an hour; results as JSON in results/
+soak: $(VENV)/ready ## the long proofs and the benchmarks, about two hours; results in results/
 	$(BIN)/python -m pytest -m slow --timeout 1200 --json-results results/soak.json
 	$(BIN)/heddle bench adapters --json results/bench_adapters.json
 	$(BIN)/heddle bench eviction --served --json results/bench_eviction.json
+	$(BIN)/heddle-loadtest selfcheck --streams 1000
+	$(BIN)/heddle bench load punica
+	$(BIN)/heddle bench load punica --base qwen2.5-0.5b
+	$(BIN)/heddle bench load slora
+	$(BIN)/heddle bench load cold
+	$(BIN)/heddle bench load cold --base qwen2.5-0.5b
+	$(BIN)/heddle bench load sweep
+	$(BIN)/heddle bench load sweep --base qwen2.5-0.5b
 
 # In the machine's own Python, with its own torch and triton: nothing is installed, nothing is fetched.
 gpu: ## on a machine with an NVIDIA GPU: every kernel tested and measured, 8 minutes at most; loadtest/results/*.json

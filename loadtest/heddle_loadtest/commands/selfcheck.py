@@ -61,9 +61,10 @@ def _check_streams(console: Console, num_streams: int, seconds: float) -> tuple[
 
 
 def _print_checks(console: Console, reports: Sequence[PhaseReport]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("phase", "figure", *_right("wanted", "measured", "may differ by"), "", title="selfcheck")
+    table = Table("phase", "figure", *_right("wanted", "measured", "may differ by"), "", box=SIMPLE_HEAD)
     for report in reports:
         for check in report.checks:
             verdict = "ok" if check.is_ok else "OFF"
@@ -82,25 +83,25 @@ def _print_checks(console: Console, reports: Sequence[PhaseReport]) -> None:
 
 
 def _print_streams(console: Console, reports: Sequence[StreamsReport]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    lags = ("lag p99", "loop lag p99", "server late p99", "TTFT p50", "TPOT p50")
-    columns = _right("streams", "most at once", "failed", "CPU", "no core", *lags)
-    table = Table(*columns, "", title="streams at once, one process")
-    for report in reports:
-        times = (
-            report.lag_p99_seconds,
-            report.loop_lag_p99_seconds,
-            report.mock_late_p99_seconds,
-            report.ttft_p50_seconds,
-            report.tpot_p50_seconds,
-        )
-        counts = (str(report.num_streams), str(report.max_in_flight), str(report.num_failed))
-        shares = (_percent(report.cpu_share), _percent(report.core_wait_share))
-        shown = ("-" if each is None else f"{each * 1000:.1f} ms" for each in times)
-        table.add_row(*counts, *shares, *shown, "ok" if report.is_ok else "OFF")
+    table = Table("streams at once", *_right(*(str(report.num_streams) for report in reports)), box=SIMPLE_HEAD)
+    rows: dict[str, list[str]] = {
+        "most of them at once": [str(report.max_in_flight) for report in reports],
+        "requests failed": [str(report.num_failed) for report in reports],
+        "sent late, p99": [_milliseconds(report.lag_p99_seconds) for report in reports],
+        "event loop late, p99": [_milliseconds(report.loop_lag_p99_seconds) for report in reports],
+        "server late, p99": [_milliseconds(report.mock_late_p99_seconds) for report in reports],
+        "TTFT p50 (set to 50 ms)": [_milliseconds(report.ttft_p50_seconds) for report in reports],
+        "TPOT p50 (set to 100 ms)": [_milliseconds(report.tpot_p50_seconds) for report in reports],
+        "CPU of the client": [_percent(report.cpu_share) for report in reports],
+        "other work had its core": [_percent(report.core_wait_share) for report in reports],
+        "sent less than 5 ms late": ["yes" if report.is_ok else "NO" for report in reports],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     console.print(table)
-    console.print("no core: of the time, the client could have run but other work had the cores")
     if not reports[0].is_ok:
         console.print(_where_it_breaks(reports))
 
@@ -120,6 +121,10 @@ def _right(*names: str) -> list[Any]:
 
 def _percent(share: float | None) -> str:
     return "unknown" if share is None else f"{share:.0%}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
 
 
 def _show(value: float | None, check: Check) -> str:
