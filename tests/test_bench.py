@@ -23,7 +23,7 @@ from heddle_adapters.store import AdapterStore
 from heddle_demo.bench.counters import Counters
 from heddle_demo.bench.floor import BaseBytes, Floor
 from heddle_demo.bench.machine import TooLittleRoom, check_room
-from heddle_demo.bench.popularity import own_shares, power, uniform, zipf
+from heddle_demo.bench.popularity import POPULARITIES, own_shares, popular
 from heddle_demo.bench.random_adapters import RANKS, RandomAdapters, fill_store, linear_layout
 from heddle_demo.bench.ratio import Ratio
 from heddle_demo.bench.server import Answer, BenchFailed, BenchServer, ServerSettings, running_server
@@ -99,13 +99,14 @@ def share_of_first(draws: Any, count: int = 20_000) -> float:
 
 def test_popularities_have_the_shape_they_are_named_for() -> None:
     names = [str(number) for number in range(200)]
-    assert share_of_first(uniform(names, 1)) == pytest.approx(1 / 200, abs=0.003)
+    uniform, zipf, power = (POPULARITIES[name] for name in ("uniform", "zipf 1.0", "power 0.3"))
+    assert share_of_first(popular(names, uniform, 1)) == pytest.approx(1 / 200, abs=0.003)
     harmonic = sum(1 / rank for rank in range(1, 201))
-    assert share_of_first(zipf(names, 1)) == pytest.approx(1 / harmonic, abs=0.02)
+    assert share_of_first(popular(names, zipf, 1)) == pytest.approx(1 / harmonic, abs=0.02)
     # P(int(power(a) * n) = 0) = n ** -a
-    assert share_of_first(power(names, 1)) == pytest.approx(200**-0.3, abs=0.02)
-    assert share_of_first(power(names, 1, alpha=1.0)) == pytest.approx(1 / 200, abs=0.003)
-    assert list(islice(zipf(names, 3), 50)) == list(islice(zipf(names, 3), 50)) != list(islice(zipf(names, 4), 50))
+    assert share_of_first(popular(names, power, 1)) == pytest.approx(200**-0.3, abs=0.02)
+    first, again, other = (list(islice(popular(names, zipf, seed), 50)) for seed in (3, 3, 4))
+    assert first == again != other
 
 
 def test_streams_with_shares_never_meet_and_never_repeat() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from heddle_loadtest.report import environment
+from heddle_loadtest.report import machine
 from heddle_loadtest.report.environment import describe_environment
 
 ARGUMENTS = ("/opt/somewhere/bin/heddle-loadtest", "run", "smoke", "--seed", "3")
@@ -79,18 +79,19 @@ def test_lists_the_head_of_what_the_target_has() -> None:
 
 def test_revision_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tracked file has the checkout's revision; one in a virtual environment inside a checkout has none."""
-    file = tmp_path / "environment.py"
+    file = tmp_path / "machine.py"
     file.write_text("x = 1\n")
-    monkeypatch.setattr(environment, "__file__", str(file))
+    monkeypatch.setattr(machine, "__file__", str(file))
     assert json.loads(describe())["git_revision"] is None
     identity = ("-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false")
-    for arguments in (("init", "-q"), ("add", "-f", "environment.py"), (*identity, "commit", "-q", "-m", "x")):
+    for arguments in (("init", "-q"), ("add", "-f", "machine.py"), (*identity, "commit", "-q", "-m", "x")):
         subprocess.run(("git", "-C", tmp_path, *arguments), check=True)
-    head = subprocess.run(("git", "-C", tmp_path, "rev-parse", "HEAD"), check=True, capture_output=True, text=True)
+    asking = ("git", "-C", tmp_path, "rev-parse", "--short=12", "HEAD")
+    head = subprocess.run(asking, check=True, capture_output=True, text=True)
     assert json.loads(describe())["git_revision"] == head.stdout.strip()
     file.write_text("x = 2\n")
-    assert json.loads(describe())["git_revision"] == f"{head.stdout.strip()} with changes"
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "untracked.py"))
+    assert json.loads(describe())["git_revision"] == f"{head.stdout.strip()}+"
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "untracked.py"))
     assert json.loads(describe())["git_revision"] is None
 
 

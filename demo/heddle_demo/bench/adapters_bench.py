@@ -18,7 +18,7 @@ from rich.console import Console
 from heddle_demo.bench.floor import BaseBytes
 from heddle_demo.bench.machine import check_room, describe_machine, memory_bandwidth
 from heddle_demo.bench.plan import FULL, QUICK, Plan
-from heddle_demo.bench.popularity import POPULARITIES, own_shares
+from heddle_demo.bench.popularity import POPULARITIES, own_shares, popular
 from heddle_demo.bench.random_adapters import RandomAdapters, linear_layout
 from heddle_demo.bench.report import print_report
 from heddle_demo.bench.results import BASE_ONLY, FLATNESS, SMALL_POOL, TABLE, Results
@@ -187,7 +187,7 @@ class AdaptersBench:
 
     def _popular_load(self, server: BenchServer, size: int, popularity: str) -> Load:
         names = self._stores.names(size)
-        draws = [POPULARITIES[popularity](names, seed) for seed in range(self._plan.num_streams)]
+        draws = [popular(names, POPULARITIES[popularity], seed) for seed in range(self._plan.num_streams)]
         return Load(server, draws, self._shape)
 
     def _say(self, what: str) -> None:

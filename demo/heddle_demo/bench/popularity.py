@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from heddle_loadtest.workload.popularity import expected_shares
+from heddle_loadtest.workload.spec import Popularity, SLoraPower, Uniform, Zipf
+
 Draws = Iterator[str]
-Popularity = Callable[[Sequence[str], int], Draws]  # names, the most popular first, and a seed
+
+POPULARITIES: dict[str, Popularity] = {
+    "uniform": Uniform(),
+    "zipf 1.0": Zipf(alpha=1.0),
+    "power 0.3": SLoraPower(alpha=0.3),
+}
 
 
-def uniform(names: Sequence[str], seed: int) -> Draws:
-    """Each as likely as the other."""
-    random = np.random.default_rng(seed)
+def popular(names: Sequence[str], popularity: Popularity, seed: int) -> Draws:
+    """By their likelihoods; of `names`, the most popular first."""
+    shares = expected_shares(popularity, len(names), num_requests=len(names))
+    assert shares is not None, "a popularity that moves with time has no shares"
+    random, cumulative = np.random.default_rng(seed), np.cumsum(shares)
     while True:
-        yield names[int(random.integers(len(names)))]
-
-
-def zipf(names: Sequence[str], seed: int, exponent: float = 1.0) -> Draws:
-    """The i-th, counted from 1, with a likelihood in proportion to i ** -exponent."""
-    random = np.random.default_rng(seed)
-    cumulative = np.cumsum(np.arange(1, len(names) + 1, dtype=np.float64) ** -exponent)
-    while True:
-        yield names[int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))]
-
-
-def power(names: Sequence[str], seed: int, alpha: float = 0.3) -> Draws:
-    """As S-LoRA's trace generator draws: `int(numpy.random.power(alpha) * n)`; its alpha of 1 is `uniform`."""
-    random = np.random.default_rng(seed)
-    while True:
-        yield names[min(int(random.power(alpha) * len(names)), len(names) - 1)]
-
-
-POPULARITIES: dict[str, Popularity] = {"uniform": uniform, "zipf 1.0": zipf, "power 0.3": power}
+        yield names[min(int(np.searchsorted(cumulative, random.random(), side="right")), len(names) - 1)]
 
 
 def own_shares(names: Sequence[str], num_streams: int, seed: int) -> list[Draws]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from heddle_loadtest.report.machine import cpu_name, memory_bytes, num_usable_cores, package_versions, source_revision
 
 _PACKAGES = ("heddle", "aiohttp", "msgspec", "numpy", "rich", "typer", "matplotlib")
 _SECRET_OPTION = re.compile(r"--[a-z-]*(key|token|secret|password)$")
@@ -41,15 +41,15 @@ def describe_environment(
             "num_listed": len(listed),
         },
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "num_cores": os.cpu_count(),
-            "num_usable_cores": _num_usable_cores(),
-            "memory_bytes": _memory_bytes(),
+            "num_usable_cores": num_usable_cores(),
+            "memory_bytes": memory_bytes(),
             "system": f"{platform.system()} {platform.release()}",
         },
         "python": platform.python_version(),
-        "packages": dict(_versions()),
-        "git_revision": _git_revision(),
+        "packages": package_versions(_PACKAGES),
+        "git_revision": source_revision(),
     }
 
 
@@ -69,48 +69,3 @@ def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
 def _as_utf8(text: str) -> str:
     """A command line may hold bytes that are no text, and a target may list names that are none."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _cpu_name() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or None
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or None)
-
-
-def _num_usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in _PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue
-
-
-def _git_revision() -> str | None:
-    """Of the checkout that this file is tracked in: a virtual environment may lie in one that is not heddle's."""
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    revision = _git("rev-parse", "HEAD")
-    return f"{revision} with changes" if _git("status", "--porcelain", "--untracked-files=no") else revision
-
-
-def _git(*arguments: str) -> str | None:
-    command = ("git", "-C", str(Path(__file__).parent), *arguments)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
