@@ -17,7 +17,7 @@ from heddle_loadtest.workload.spec_file import load_workload
 
 SPEC = "punica-fig11"
 VARIANTS = ("base", "identical", "skewed", "uniform", "distinct")
-NUM_GROUPED_REQUESTS = 16  # of 64, where a server that serves one adapter at a time would take minutes for each mix
+NUM_GROUPED_REQUESTS = 32  # of 64, where serving one adapter at a time would take minutes for each mix: one batch
 
 
 async def measure_punica(base_name: str, out: Path, scratch: Path, say: Say, *, quick: bool) -> None:

@@ -1,12 +1,13 @@
 """Several workloads on several servers, in turn, each into a result folder of its own.
 
-Every round runs each of them once, every other round backwards: what drifts hits all alike. Round r draws its requests
-with seed r for all, so that every server gets the same requests and none finds an earlier round's in its prefix cache.
+Every round runs each of them once, every other round backwards: what drifts hits all alike. Seeds differ by round and
+workload, and are the same for all servers: all get the same requests, and no prefix cache knows any of them.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from heddle_loadtest.workload.schedule import Schedule
 from heddle_loadtest.workload.spec import Workload
 
 NUM_ROUNDS = 3  # fewer make no figure that may be published
+MAX_ROUNDS = 1000
 
 Say = Callable[[str], None]
 
@@ -41,8 +43,8 @@ class Cell:
 
 
 async def measure_in_turn(cells: Sequence[Cell], num_rounds: int, say: Say) -> list[Summary]:
-    """The summaries of the cells, in their order. Raises BenchFailed if any request of any of them failed."""
-    runs = [_Run(cell) for cell in cells]
+    """The summaries of the cells, in their order. Raises BenchFailed if one of them had no answer at all."""
+    runs = [_Run(cell, first_seed) for cell, first_seed in zip(cells, _first_seeds(cells), strict=True)]
     for number in range(num_rounds):
         for run in runs if number % 2 == 0 else reversed(runs):
             say(f"round {number + 1} of {num_rounds}: {run.cell.name}")
@@ -50,11 +52,22 @@ async def measure_in_turn(cells: Sequence[Cell], num_rounds: int, say: Say) -> l
     return [run.finish() for run in runs]
 
 
+def _first_seeds(cells: Sequence[Cell]) -> list[int]:
+    """By the cell's place among those on its server."""
+    places = Counter[str]()
+    seeds = []
+    for cell in cells:
+        seeds.append(places[cell.address] * MAX_ROUNDS)
+        places[cell.address] += 1
+    return seeds
+
+
 class _Run:
     """A cell's rounds, as the repeats of one run."""
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, cell: Cell, first_seed: int) -> None:
         self.cell = cell
+        self._first_seed = first_seed
         self._folder = ResultFolder.create(cell.path, force=True)
         self._outcomes: list[Outcome] = []
 
@@ -62,7 +75,7 @@ class _Run:
         repeat = _Repeat(self._folder, number)
         target = Target(url=self.cell.address, style=Style.HEDDLE)
         experiment = await run_experiment(
-            self.cell.workload, target, RunSettings(seed=number), repeat, on_checked=self._describe
+            self.cell.workload, target, RunSettings(seed=self._first_seed + number), repeat, on_checked=self._describe
         )
         self._outcomes.extend(experiment.outcomes)
 

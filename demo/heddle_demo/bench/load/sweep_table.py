@@ -17,6 +17,7 @@ LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of the capacity
 NUM_ADAPTERS = 32
 WINDOW_SECONDS = 10.0
 TTFT_SECONDS = 1.0
+EARLY_REFUSAL = ("--max-queue-seconds", str(TTFT_SECONDS))  # a first token that would come later is not waited for
 TPOT_FACTOR = 5.0  # of the time per token that a single stream sees, as Chameleon chooses its service level
 
 ALONE = Workload(
@@ -42,14 +43,15 @@ async def measure_sweep(base_name: str, out: Path, scratch: Path, say: Say, *, q
     """The capacity into out/capacity, each load into out/load-X, X times the capacity."""
     base = make_base(base_name, scratch)
     write_adapter_files(CAPACITY.adapters, base.path, scratch / "adapters")
-    command = heddle_command(base, scratch / "adapters", scratch / "store", max_queue_seconds=TTFT_SECONDS)
+    num_rounds = 1 if quick else NUM_ROUNDS
+    command = heddle_command(base, scratch / "adapters", scratch / "store")
     async with running_child("heddle", command, scratch / "heddle.log") as address:
-        num_rounds = 1 if quick else NUM_ROUNDS
         closed_loops = [Cell(ALONE, address, out / "alone"), Cell(CAPACITY, address, out / "capacity")]
         alone, capacity = await measure_in_turn(closed_loops, num_rounds, say)
-        assert alone.total.tpot_seconds is not None, "its requests have 16 tokens each"
-        slo = Slo(ttft_seconds=TTFT_SECONDS, tpot_seconds=round(TPOT_FACTOR * alone.total.tpot_seconds.p50, 4))
-        rate = capacity.total.requests_per_second
+    assert alone.total.tpot_seconds is not None, "its requests have 16 tokens each"
+    slo = Slo(ttft_seconds=TTFT_SECONDS, tpot_seconds=round(TPOT_FACTOR * alone.total.tpot_seconds.p50, 4))
+    rate = capacity.total.requests_per_second
+    async with running_child("heddle", [*command, *EARLY_REFUSAL], scratch / "heddle.log") as address:
         loads = LOADS[1::2] if quick else LOADS
         await measure_in_turn(
             [Cell(_at_load(load, rate, slo), address, out / f"load-{load}") for load in loads], num_rounds, say

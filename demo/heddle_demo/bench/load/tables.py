@@ -11,7 +11,10 @@ from heddle_demo.bench.load.cold_table import PLACES
 from heddle_demo.bench.load.punica_table import VARIANTS
 from heddle_demo.bench.load.servers import BASELINES, HEDDLE
 from heddle_demo.bench.load.slora_table import POPULARITIES, SIZES
+from heddle_demo.bench.load.sweep_table import WINDOW_SECONDS
 
+BOOTSTRAP = "95 % bootstrap intervals over rounds and requests"
+WILSON = "95 % Wilson intervals"
 TITLES = {
     "peft-mixed": "PEFT, mixed batches",
     "peft-grouped": "PEFT, adapter by adapter",
@@ -31,7 +34,11 @@ def punica(folder: Path) -> str:
         tokens = [_marked(cell, cell.with_interval("output_tokens_per_second", 0)) for cell in cells.values()]
         rows.append([variant, _num_adapters(ours), _segments(ours), *tokens, _ratio_by_rounds(ours, best)])
     names = [TITLES.get(heading, heading) for heading in headings]
-    return _table(["popularity", *names], rows) + _provenance(folder / HEDDLE / VARIANTS[0]) + _fewer(folder, servers)
+    return (
+        _table(["popularity", *names], rows)
+        + _provenance(folder / HEDDLE / VARIANTS[0], BOOTSTRAP)
+        + _fewer(folder, servers)
+    )
 
 
 def slora(folder: Path) -> str:
@@ -66,7 +73,7 @@ def slora(folder: Path) -> str:
         "loaded a request",
         "segments a step",
     ]
-    return _table(headings, rows) + _provenance(folder / f"n{SIZES[0]}")
+    return _table(headings, rows) + _provenance(folder / f"n{SIZES[0]}", BOOTSTRAP)
 
 
 def cold(folder: Path) -> str:
@@ -90,7 +97,9 @@ def cold(folder: Path) -> str:
         "end to end p50 ms",
         "TTFT p99 ms",
     ]
-    return _table(headings, rows) + _provenance(folder / "device")
+    return _table(headings, rows) + _provenance(
+        folder / "device", "differences are those of the medians over all rounds"
+    )
 
 
 def sweep(folder: Path) -> str:
@@ -108,7 +117,7 @@ def sweep(folder: Path) -> str:
                 f"{path.name.removeprefix('load-')}x",
                 f"{median(cell.rates('offered_requests_per_second')):.1f}",
                 _marked(cell, f"{cell.total['requests_per_second']:.1f}"),
-                f"{cell.total['num_failed'] / (cell.num_requests * len(cell.summary['repeats'])):.0%}",
+                f"{cell.summary['errors'].get('overloaded', 0) / goodput['num_requests']:.0%}",
                 f"{goodput['share']:.0%} [{low:.0%}, {high:.0%}]",
                 f"{goodput['requests_per_second']:.1f}",
                 f"{_ms(cell.latency_ms('ttft', 'p50'))} / {_ms(cell.latency_ms('ttft', 'p99'))}",
@@ -130,7 +139,11 @@ def sweep(folder: Path) -> str:
         f"level: first token within {slo['ttft_seconds'] * 1000:.0f} ms and {slo['tpot_seconds'] * 1000:.0f} ms a "
         "token, five times what a single stream sees.\n\n"
     )
-    return level + _table(headings, rows) + _provenance(paths[0])
+    return (
+        level
+        + _table(headings, rows)
+        + _provenance(folder / "capacity", f"windows of {WINDOW_SECONDS:.0f} s; {WILSON}")
+    )
 
 
 TABLES: dict[str, Callable[[Path], str]] = {"punica": punica, "slora": slora, "cold": cold, "sweep": sweep}
@@ -141,13 +154,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _provenance(path: Path) -> str:
+def _provenance(path: Path, intervals: str) -> str:
     cell = CellNumbers.read(path)
     environment, machine = cell.environment, cell.environment["machine"]
     return (
         f"\n{environment['date'][:10]}, {machine['num_cores']} cores of {machine['cpu']}, revision "
-        f"{environment['git_revision']}; {len(cell.summary['repeats'])} rounds of {cell.num_requests} requests, seeds "
-        "0 and up; 95 % bootstrap intervals over rounds and requests.\n"
+        f"{environment['git_revision']}; {len(cell.summary['repeats'])} rounds of {cell.num_requests} "
+        f"requests; {intervals}.\n"
     )
 
 
@@ -175,8 +188,7 @@ def _latency_over(cell: CellNumbers, resident: CellNumbers, name: str) -> str:
 
 
 def _marked(cell: CellNumbers, text: str) -> str:
-    """Says so where the load generator itself was what limited a run, and where requests failed for another reason
-    than that the server refused them in time."""
+    """Says so where the load generator itself was what limited a run."""
     return text if cell.summary["is_valid"] else f"{text} (client at its limit)"
 
 
