@@ -245,7 +245,7 @@ def test_uploaded_adapters_are_asked_for_once_they_are_there() -> None:
         seconds=400,
         adapters={"count": 7},
         popularity={"kind": "uniform"},
-        uploads={"count": 3, "every_seconds": 100, "share": 0.25},
+        uploads={"count": 3, "every_seconds": 100, "settle_seconds": 2, "share": 0.25},
     )
     assert [(one.at_seconds, one.adapter) for one in schedule.uploads] == [
         (100, "adapter-00004"),
@@ -253,7 +253,8 @@ def test_uploaded_adapters_are_asked_for_once_they_are_there() -> None:
         (300, "adapter-00006"),
     ]
     for period in range(4):
-        asked = [one.adapter for one in schedule.requests if 100 * period <= (one.at_seconds or 0) < 100 * period + 100]
+        start = 100 * period + (2 if period else 0)  # settled; until then the one before is the newest
+        asked = [one.adapter for one in schedule.requests if start <= (one.at_seconds or 0) < 100 * period + 102]
         newest = f"adapter-{3 + period:05d}"
         if period:
             assert set(asked) == {*(f"adapter-{index:05d}" for index in range(4)), newest}

@@ -161,6 +161,21 @@ def test_each_repeat_uploads_its_adapters_afresh(server: FakeOpenAIServer, tmp_p
         done = run(fresh, workload(**keys), adapter_files=tmp_path, num_repeats=2)
         assert [[upload.error for upload in outcome.uploads] for outcome in done.outcomes] == [[None], [None]]
         assert "new-1" not in [body.get("adapter") for body in fresh.bodies if body["max_tokens"] == 8]
+        again = run(fresh, workload(**keys), adapter_files=tmp_path)  # finds the target as the first run did
+        assert [upload.http_status for upload in again.outcomes[0].uploads] == [201]
+    with FakeOpenAIServer(("tiny", "new-0", "new-1")) as taken, pytest.raises(TargetError, match="'new-1': is on the"):
+        run(taken, workload(**keys), adapter_files=tmp_path)
+
+
+def test_the_adapters_of_a_storm_are_cold(server: FakeOpenAIServer) -> None:
+    keys: dict[str, Any] = {
+        "adapters": {"names": ["poet", "clerk"]},
+        "popularity": {"kind": "storm", "warm": 1, "at_seconds": 0.1},
+        "arrivals": {"kind": "constant", "rate": 20},
+    }
+    done = run(server, workload(**keys))
+    assert [result.adapter for result in done.outcomes[0].results] == ["poet", "poet", "clerk", "poet"]
+    assert [body["adapter"] for body in server.bodies if body["max_tokens"] == 8] == ["poet"]
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,10 @@ def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path, path: Path) -> 
 def test_force_replaces_a_run_and_leaves_other_files(path: Path) -> None:
     for name in ("notes.txt", "holiday.png", "latency.png", "report.html"):
         (path / name).touch()
-    ResultFolder.create(path, force=True)
-    assert {file.name for file in path.iterdir()} == {"notes.txt", "holiday.png"}
+    folder = ResultFolder.create(path, force=True)
+    assert (path / "summary.json").exists(), "a run that cannot start takes nothing away"
+    folder.write_environment({})
+    assert {file.name for file in path.iterdir()} == {"notes.txt", "holiday.png", "environment.json"}
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_that_says_so(tmp_path: Path) -> None:

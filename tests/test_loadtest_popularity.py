@@ -132,7 +132,7 @@ def test_a_larger_stride_of_dlora_is_more_skewed() -> None:
         (Identical(), 7, [7]),
         (SquareRoot(), 9, [3, 3, 3]),
         (SquareRoot(), 10, [4, 3, 3]),  # four in the paper; here are three
-        (Skewed(), 32, [11, 7, 14]),  # the last takes what is left
+        (Skewed(), 32, [15, 10, 7]),  # each half as many again as the next, however few there are
     ],
     ids=repr,
 )
@@ -155,7 +155,7 @@ def test_punicas_uniform_asks_for_the_square_root_rounded_up() -> None:
 
 def test_punicas_skewed_is_one_and_a_half_times_the_next() -> None:
     """As heddle's own benchmark counts. Punica's released generator comes to 8 and 16 adapters, of the same series."""
-    assert exact_counts(Skewed(), 9, 32) == [11, 7, 5, 3, 2, 1, 1, 1, 1]
+    assert exact_counts(Skewed(), 32, 32)[:9] == [11, 7, 5, 3, 2, 1, 1, 1, 1]
     counts = [count for count in exact_counts(Skewed(), 1024, 1024) if count]
     assert len(counts) == 17
     assert sum(counts) == 1024

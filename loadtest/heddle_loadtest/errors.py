@@ -22,7 +22,7 @@ class LoadTestError(Exception):
     def describe(self, name: str) -> str:
         """The whole message, the setting called `name` (a field's name, or the option's name on a command line)."""
         shown_value = "" if self.value is None else f" {str(self.value)!r}"
-        return f"{name}{shown_value}: {self.problem}. {self.remedy}"
+        return printable(f"{name}{shown_value}: {self.problem}. {self.remedy}")
 
 
 class SpecError(LoadTestError):
@@ -31,3 +31,8 @@ class SpecError(LoadTestError):
 
 class TargetError(LoadTestError):
     """The target is down, is no OpenAI server, or lacks what the run asks for."""
+
+
+def printable(text: str) -> str:
+    """Names and messages may come from a target: none may steer the terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

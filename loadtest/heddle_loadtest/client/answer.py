@@ -7,10 +7,14 @@ from collections.abc import Callable
 import msgspec
 
 from heddle_loadtest.client.chunk import Choice, Chunk, decode_chunk
-from heddle_loadtest.client.result import RequestError, ServerReport
+from heddle_loadtest.client.result import CLIENT_CODES, RequestError, ServerReport
 from heddle_loadtest.client.sse import SseEvent
 
+_CODE_LIMIT = 64
 _MESSAGE_LIMIT = 300  # characters of a server's message that are kept: enough to read, short enough for a report
+
+
+_GIVEN_UP = ("abort", "error")  # finish reasons of vLLM and SGLang
 
 
 class StreamedAnswer:
@@ -69,8 +73,16 @@ class StreamedAnswer:
         else:
             self._take_chunk(chunk, arrived_seconds)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has come to its end without an error."""
+        return self._is_done and self.error is None
+
     def end(self) -> None:
-        """The stream is over: an answer that was not finished by then is an error."""
+        """The stream is over: an answer that was not finished by then is an error, and so is one given up."""
+        if self.error is None and self.finish_reason in _GIVEN_UP:
+            message = f"the server gave the answer up: finish_reason is {self.finish_reason!r}"
+            self.error = RequestError("given_up", message)
         if self.error is None and not self._is_done and self.finish_reason is None:
             message = f"the stream ended after {len(self.chunk_seconds)} chunks, without finish_reason or [DONE]"
             self.error = RequestError("stream_interrupted", message)
@@ -110,7 +122,10 @@ def read_error(error: object, fallback_code: str) -> RequestError:
     code, kind = error.get("code"), error.get("type")
     if isinstance(code, int):
         code = f"http_{code}"
-    return RequestError(str(code or kind or fallback_code), str(error.get("message", error))[:_MESSAGE_LIMIT])
+    code = str(code or kind or fallback_code)[:_CODE_LIMIT]
+    if code in CLIENT_CODES:
+        code = f"server_{code}"  # these are the client's own to say
+    return RequestError(code, str(error.get("message", error))[:_MESSAGE_LIMIT])
 
 
 def read_error_body(http_status: int, body: str) -> RequestError:

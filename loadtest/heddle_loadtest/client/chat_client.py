@@ -7,8 +7,10 @@ async with ChatClient("http://127.0.0.1:8000") as client:
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +19,7 @@ import msgspec
 
 from heddle_loadtest.client.answer import StreamedAnswer, read_error_body
 from heddle_loadtest.client.body import CHAT_PATH, STREAM_FIELDS, request_body, request_path
-from heddle_loadtest.client.result import RequestError, RequestResult
+from heddle_loadtest.client.result import ABANDONED, CLIENT_LIMIT, RequestError, RequestResult
 from heddle_loadtest.client.server_pages import ServerPages
 from heddle_loadtest.client.sse import SseParser
 from heddle_loadtest.client.style import Style
@@ -26,6 +28,9 @@ from heddle_loadtest.workload.names import BASE
 from heddle_loadtest.workload.schedule import ScheduledRequest
 
 _CONNECT_TIMEOUT_SECONDS = 10.0
+_KEEP_ALIVE_SECONDS = 4.0
+_TAIL_SECONDS = 1.0  # that a server may hold the connection after the end of its answer
+_CLIENT_LIMITS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
 _JSON_HEADERS = {"Content-Type": "application/json"}
 
 
@@ -54,7 +59,9 @@ class ChatClient:
         target = self.target
         self._session = aiohttp.ClientSession(
             # aiohttp lets 100 connections through and queues the rest, which would show up as latency of the server.
-            connector=aiohttp.TCPConnector(limit=0),
+            # Servers close idle connections too, some after five seconds, and lose what is on its way just then.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS),
+            cookie_jar=aiohttp.DummyCookieJar(),  # a load balancer's cookie would send all to one replica
             headers=bearer(target.api_key),
             timeout=aiohttp.ClientTimeout(total=target.timeout_seconds, sock_connect=_CONNECT_TIMEOUT_SECONDS),
         )
@@ -118,7 +125,7 @@ class ChatClient:
         try:
             await self._send(request_path(request), body, api_key, answer)
         except asyncio.CancelledError:
-            answer.error = RequestError("abandoned", "the run was stopped while the request was under way")
+            answer.error = RequestError(ABANDONED, "the run was stopped while the request was under way")
         return _result(
             answer,
             id=request.id,
@@ -137,18 +144,18 @@ class ChatClient:
         return await self.pages.list_models()
 
     async def _send(self, path: str, body: dict[str, Any], api_key: str | None, answer: StreamedAnswer) -> None:
-        """Fills `answer`, with an error at the worst."""
+        """Fills `answer`, with an error at the worst; whatever a server sends, only cancelling raises."""
         headers = _JSON_HEADERS if api_key is None else _JSON_HEADERS | bearer(api_key)
-        url, data = self.target.base_url + path, self._encode(body)
+        url, data, session = self.target.base_url + path, self._encode(body), self._open_session()
         try:
-            async with self._open_session().post(url, data=data, headers=headers) as response:
+            async with session.post(url, data=data, headers=headers, allow_redirects=False) as response:
                 answer.http_status = response.status
                 await _receive(response, answer)
-        except TimeoutError as error:
-            answer.error = RequestError("timeout", _describe(error))
-        except aiohttp.ClientError as error:
-            code = "connection_failed" if answer.http_status is None else "connection_lost"
-            answer.error = RequestError(code, _describe(error))
+        except Exception as error:
+            if not answer.is_whole and answer.error is None:
+                answer.error = _explain(error, answer.http_status)
+        if answer.error is not None:
+            answer.error = _without_keys(answer.error, (api_key, self.target.api_key))
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -170,14 +177,37 @@ async def _receive(response: aiohttp.ClientResponse, answer: StreamedAnswer) -> 
         return
     parser = SseParser()
     feed, take, read, now = parser.feed, answer.take, response.content.readany, time.perf_counter
-    # Reads on after [DONE] until the body ends: only then can the connection serve the next request.
-    while piece := await read():
+    while not answer.is_whole and (piece := await read()):
         arrived_seconds = now()
         for event in feed(piece):
             take(event, arrived_seconds)
     for event in parser.flush():
         take(event, now())
     answer.end()
+    # Only when the body has ended can the connection serve the next request.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_TAIL_SECONDS):
+            while await read():
+                pass
+
+
+def _explain(error: Exception, http_status: int | None) -> RequestError:
+    """What a failed connection shows as in the results."""
+    if isinstance(error, TimeoutError):
+        return RequestError("timeout", _describe(error))
+    if isinstance(error, OSError) and error.errno in _CLIENT_LIMITS:
+        return RequestError(CLIENT_LIMIT, _describe(error))
+    if isinstance(error, aiohttp.ClientError):
+        return RequestError("connection_failed" if http_status is None else "connection_lost", _describe(error))
+    return RequestError("unreadable", f"{type(error).__name__}: {error}")
+
+
+def _without_keys(error: RequestError, keys: Iterable[str | None]) -> RequestError:
+    """A server may echo the key that it refuses; results are kept and shown."""
+    code, message = error.code, error.message
+    for key in filter(None, keys):
+        code, message = code.replace(key, "***"), message.replace(key, "***")
+    return RequestError(code, message)
 
 
 def _result(

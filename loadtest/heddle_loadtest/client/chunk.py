@@ -6,19 +6,21 @@ what it understands and leaves the rest: servers differ.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from heddle_loadtest.client.result import ServerReport
+
+_Count = Annotated[int, Meta(ge=0, le=1 << 31)]
 
 
 class Usage(Struct, frozen=True, gc=False):
     """The tokens as the server counted them."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
 
 
 class HeddlePart(Struct, frozen=True, gc=False):
@@ -73,7 +75,15 @@ def decode_chunk(data: str) -> Chunk | None:
     try:
         return _decoder.decode(data)
     except msgspec.ValidationError:
-        return _read_leniently(msgspec.json.decode(data))
+        return _read_leniently(_decode_any(data))
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def _decode_any(data: str) -> object:
+    """A shape that is not the expected one is noticed before the end of the text, which may be no JSON after all."""
+    try:
+        return msgspec.json.decode(data)
     except (msgspec.DecodeError, RecursionError):
         return None
 

@@ -10,13 +10,18 @@ from itertools import pairwise
 
 from msgspec import Struct
 
+ABANDONED = "abandoned"  # the run was stopped while the request was under way
+CLIENT_LIMIT = "client_limit"  # this machine had no file descriptor or no port left for it
+CLIENT_CODES = (ABANDONED, CLIENT_LIMIT)  # errors that are not the target's; none of its own may be called so
+
 
 class RequestError(Struct, frozen=True):
     """Why a request failed: a code to count by and a message to read.
 
     The server's own code where it gave one, else `http_<status>`, else one of the client's: `connection_failed`,
     `connection_lost`, `timeout`, `not_an_event_stream`, `malformed_event`, `stream_error`, `stream_interrupted`,
-    `abandoned` (the run was stopped while it was under way).
+    `given_up` (by the server, as its `finish_reason` says), `unreadable` (an answer that nothing can be made of), and
+    CLIENT_CODES.
     """
 
     code: str

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 
@@ -48,8 +50,8 @@ class ServerPages:
         """The text of `GET /metrics`, or None if there is none now."""
         try:
             async with self._session.get(f"{self._target.base_url}/metrics", timeout=_METRICS_TIMEOUT) as response:
-                return await response.text() if response.status == 200 else None
-        except (TimeoutError, aiohttp.ClientError, UnicodeDecodeError):
+                return (await response.read()).decode("utf-8", "replace") if response.status == 200 else None
+        except (TimeoutError, aiohttp.ClientError):
             return None
 
     async def upload(self, adapter: str, folder: Path) -> tuple[int | None, RequestError | None]:
@@ -74,7 +76,7 @@ class ServerPages:
     async def delete(self, adapter: str) -> bool:
         """Takes an adapter away again; whether it was done."""
         try:
-            address = f"{self._target.base_url}/v1/adapters/{adapter}"
+            address = f"{self._target.base_url}/v1/adapters/{quote(adapter, safe='')}"
             async with self._session.delete(address, timeout=_TIMEOUT) as response:
                 return response.ok
         except (TimeoutError, aiohttp.ClientError):
@@ -90,8 +92,8 @@ class ServerPages:
                     raise TargetError("api_key", None, f"{url} refuses it (HTTP {response.status})", remedy)
                 if response.status != 200:
                     raise self._is_another(f"GET {path} answers HTTP {response.status}")
-                return read(await response.json(content_type=None))
-        except ValueError:
+                return read(json.loads(await response.read()))
+        except (ValueError, RecursionError):
             raise self._is_another(f"GET {path} answers {problem}") from None
         except (TimeoutError, aiohttp.ClientError) as error:
             remedy = "Start the server, or correct the address"

@@ -70,5 +70,5 @@ class Style(StrEnum):
 def _number(adapter: str) -> int:
     if not (adapter.isascii() and adapter.isdecimal()):
         problem = "is no number, and llama.cpp knows its adapters by the numbers of GET /lora-adapters"
-        raise SpecError("adapters", adapter, problem, "Name them 0, 1 and so on, or --set 'adapters.name={index}'")
+        raise SpecError("adapters", adapter, problem, "Name them 0, 1 and so on, or --set 'adapters.name=\"{index}\"'")
     return int(adapter)

@@ -34,9 +34,8 @@ class Target:
         if not (math.isfinite(self.timeout_seconds) and self.timeout_seconds > 0):
             remedy = "Give a positive number of seconds"
             raise SpecError("timeout_seconds", self.timeout_seconds, "must be more than 0", remedy)
-        # aiohttp would refuse such a header with the key in its message.
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise SpecError("api_key", None, "holds a character that no HTTP header may have", "Copy the key again")
+        if self.api_key is not None:
+            check_api_key("api_key", self.api_key)
 
     @property
     def base_url(self) -> str:
@@ -52,6 +51,12 @@ class CheckedTarget:
     adapters: tuple[str, ...]  # all it lists, in its order
     missing: tuple[str, ...] = ()  # asked for, not listed, and among the supplied ones: to be uploaded
     warnings: tuple[str, ...] = ()
+
+
+def check_api_key(field: str, key: str) -> None:
+    """Raises SpecError if no HTTP header can carry it: aiohttp would say so with the key in its message."""
+    if not (key.isascii() and key.isprintable()):
+        raise SpecError(field, None, "holds a character that no HTTP header may have", "Copy the key again")
 
 
 async def check_target(client: ChatClient, adapters: Iterable[str], supplied: Collection[str] = ()) -> CheckedTarget:

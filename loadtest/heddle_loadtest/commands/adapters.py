@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 from heddle_loadtest.errors import LoadTestError, SpecError
 
 if TYPE_CHECKING:
-    from heddle_loadtest.workload.spec import Adapters, Workload
+    from heddle_loadtest.workload.spec import AdapterKind, Adapters, Workload
 
 
 def adapters(
@@ -72,7 +73,20 @@ def _sets(workload: Workload) -> list[Adapters]:
     wanted = [each for each in dict.fromkeys(sets) if each.listed or _num_adapters(each)]
     if not wanted:
         raise SpecError("adapters", None, "asks for none but the base", "Give `count` or `names` in the spec")
+    _check_kinds(wanted)
     return wanted
+
+
+def _check_kinds(sets: Sequence[Adapters]) -> None:
+    """Raises SpecError if two sets mean different adapters by one name: one would be written over the other."""
+    from heddle_loadtest.workload.adapter_set import adapter_names, kind_of
+
+    kinds: dict[str, AdapterKind] = {}
+    for each in sets:
+        for index, name in enumerate(() if each.listed else adapter_names(each)):
+            if kinds.setdefault(name, kind_of(each, index)) != kind_of(each, index):
+                problem = "is of two kinds, in two of the workload's sets of adapters"
+                raise SpecError("adapters.name", name, problem, "Give each set a pattern of its own")
 
 
 def _num_adapters(adapters: Adapters) -> int:

@@ -49,7 +49,7 @@ def plan(
 def _check_names(schedule: Schedule, style: Style) -> None:
     for name in schedule.adapters if style is Style.LLAMACPP else ():
         if not (name == BASE or name.isdecimal()):
-            remedy = "Number them: --set 'adapters.name={index}'"
+            remedy = "Number them: --set 'adapters.name=\"{index}\"'"
             raise SpecError("adapters", name, "is no number, which is what llama.cpp calls its adapters", remedy)
 
 
@@ -85,6 +85,7 @@ def _figures(requests: tuple[ScheduledRequest, ...]) -> dict[str, Any]:
     """Prompt tokens are None where nobody counted, times where streams ask in a closed loop."""
     prompt_tokens = [request.num_prompt_tokens for request in requests]
     times = [request.at_seconds for request in requests if request.at_seconds is not None]
+    span_seconds = max(times) - min(times) if times else 0.0
     return {
         "requests": len(requests),
         "adapters": len({request.adapter for request in requests}),
@@ -92,5 +93,5 @@ def _figures(requests: tuple[ScheduledRequest, ...]) -> dict[str, Any]:
         "prompt_tokens": None if None in prompt_tokens else sum(filter(None, prompt_tokens)),
         "output_tokens": sum(request.max_tokens for request in requests),
         "seconds": round(max(times), 3) if times else None,
-        "requests_per_second": round(len(times) / max(times), 3) if times and max(times) > 0 else None,
+        "requests_per_second": round((len(times) - 1) / span_seconds, 3) if span_seconds > 0 else None,
     }

@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from heddle_loadtest.errors import SpecError
 from heddle_loadtest.workload.names import BASE
 from heddle_loadtest.workload.prompts import read_questions
 from heddle_loadtest.workload.spec import Adapters, Arrivals, Closed, Output, Poisson, Questions, Workload
+from heddle_loadtest.workload.spec_error import convert
 
 _ALL = "all"  # the base and every adapter that the target lists
 _DEFAULT_SECONDS = 10.0
@@ -45,7 +48,7 @@ class QuickForm:
         seconds = self.duration_seconds
         if seconds is None and self.requests is None:
             seconds = _DEFAULT_SECONDS
-        return Workload(
+        workload = Workload(
             name="quick",
             about="options of the command line",
             requests=self.requests,
@@ -57,6 +60,7 @@ class QuickForm:
             temperature=self.temperature or 0.0,
             warmup=1 if self.warmup is None else self.warmup,
         )
+        return convert(msgspec.to_builtins(workload), Workload)  # which holds it to the limits of a spec
 
     def _arrivals(self) -> Arrivals:
         if self.rate is None:

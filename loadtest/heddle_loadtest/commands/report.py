@@ -25,14 +25,11 @@ def report(
 
 def _report(path: Path, *, json_only: bool) -> None:
     from heddle_loadtest.measure.summary import summarize
-    from heddle_loadtest.report.folder import PAGE, ResultFolder, read_outcomes, read_run, read_workload
-    from heddle_loadtest.report.page import write_page
-    from heddle_loadtest.report.plots import write_plots
+    from heddle_loadtest.report.folder import ResultFolder, read_outcomes, read_workload
     from heddle_loadtest.report.tables import print_summary
+    from heddle_loadtest.report.write import write_report
 
     summary = summarize(read_workload(path), read_outcomes(path))
     ResultFolder(path).write_summary(summary)
-    run = read_run(path)
-    write_plots(run, path)
-    write_page(run, path / PAGE)
+    write_report(path)
     print_summary(summary, json_only=json_only)

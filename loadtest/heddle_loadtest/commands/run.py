@@ -19,6 +19,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from heddle_loadtest.client.style import Style
+from heddle_loadtest.commands.options import (
+    OPTION_NAMES,
+    AdapterFiles,
+    ApiKey,
+    JsonOnly,
+    Model,
+    Overrides,
+    StyleName,
+    TargetUrl,
+    Timeout,
+    Variant,
+    say,
+)
 from heddle_loadtest.duration import read_duration_seconds
 from heddle_loadtest.errors import LoadTestError, SpecError
 
@@ -30,19 +43,7 @@ if TYPE_CHECKING:
     from heddle_loadtest.run.experiment import Experiment, RunSettings
     from heddle_loadtest.workload.spec import Workload
 
-_OPTION_NAMES = {  # field of a LoadTestError -> option; other fields are keys of the workload
-    "target": "--target",
-    "style": "--style",
-    "model": "--model",
-    "api_key": "--api-key",
-    "timeout_seconds": "--timeout",
-    "seed": "--seed",
-    "variant": "--variant",
-    "set": "--set",
-    "repeats": "--repeats",
-    "out": "--out",
-    "adapter_files": "--adapter-files",
-}
+_OPTION_NAMES = OPTION_NAMES | {"repeats": "--repeats", "out": "--out"}
 _QUICK_OPTION_NAMES = {
     "streams": "--streams",
     "rate": "--rate",
@@ -62,27 +63,23 @@ _QUICK_OPTION_NAMES = {
 
 
 def run(
-    target: Annotated[str, typer.Option(help="Base URL of the server, for example http://127.0.0.1:8000.")],
+    target: TargetUrl,
     spec: Annotated[
         str | None, typer.Argument(help="A workload: a YAML file, or the name of a ready-made one.", metavar="SPEC")
     ] = None,
-    style: Annotated[Style, typer.Option(help="How the server wants its adapters named.")] = Style.HEDDLE,
-    model: Annotated[str | None, typer.Option(help="The base model; the first the target lists if not given.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.", envvar="HEDDLE_API_KEY")] = None,
-    timeout: Annotated[str, typer.Option(help="Time for one request, from start to end.")] = "10m",
+    style: StyleName = Style.HEDDLE,
+    model: Model = None,
+    api_key: ApiKey = None,
+    timeout: Timeout = "10m",
     seed: Annotated[int, typer.Option(help="The same seed asks the same; each repeat has one more.")] = 0,
     repeats: Annotated[int, typer.Option(help="How often, one after the other; a published figure takes 3.")] = 1,
-    variant: Annotated[str | None, typer.Option(help="A variant that the workload names.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="A key of the workload, as arrivals.rate=20; may be repeated.")
-    ] = None,
+    variant: Variant = None,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Result folder: schedule, raw results, report.html.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in --out.")] = False,
-    adapter_files: Annotated[
-        Path | None, typer.Option(help="A folder in PEFT's form for each adapter that the target may lack.")
-    ] = None,
+    adapter_files: AdapterFiles = None,
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Write the answers' texts down too.")] = False,
-    json_only: Annotated[bool, typer.Option("--json-only", help="Print the JSON line alone.")] = False,
+    json_only: JsonOnly = False,
     streams: Annotated[int | None, typer.Option(help="Requests under way at any time: a closed loop; 8.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests per second, by chance: an open loop.")] = None,
     duration: Annotated[
@@ -140,8 +137,7 @@ def run(
         )
         summary = _run_and_report(workload, whom, settings, out, force=force, json_only=json_only)
     except LoadTestError as error:
-        names = _OPTION_NAMES if spec else _OPTION_NAMES | _QUICK_OPTION_NAMES
-        typer.echo(f"error: {error.describe(names.get(error.field, error.field))}", err=True)
+        say(error, _OPTION_NAMES if spec else _OPTION_NAMES | _QUICK_OPTION_NAMES)
         raise typer.Exit(2) from None
     raise typer.Exit(_exit_code(summary))
 
@@ -178,7 +174,8 @@ def _run_and_report(
     done = asyncio.run(_run(workload, target, settings, folder, is_quiet=json_only))
     summary = summarize(done.workload, done.outcomes)
     if folder is not None:
-        _write_report(folder, summary)
+        folder.write_summary(summary)
+        _write_report(folder.path)
     print_summary(summary, json_only=json_only)
     return summary
 
@@ -222,15 +219,14 @@ async def _run(
         )
 
 
-def _write_report(folder: ResultFolder, summary: Summary) -> None:
-    from heddle_loadtest.report.folder import PAGE, read_run
-    from heddle_loadtest.report.page import write_page
-    from heddle_loadtest.report.plots import write_plots
+def _write_report(path: Path) -> None:
+    """What is measured is safe by now: that the page cannot be made ends nothing."""
+    from heddle_loadtest.report.write import write_report
 
-    folder.write_summary(summary)
-    stored = read_run(folder.path)
-    write_plots(stored, folder.path)
-    write_page(stored, folder.path / PAGE)
+    try:
+        write_report(path)
+    except (LoadTestError, OSError) as error:
+        typer.echo(f"warning: the page is not made: {error}. Try `heddle-loadtest report {path}`", err=True)
 
 
 def _exit_code(summary: Summary) -> int:

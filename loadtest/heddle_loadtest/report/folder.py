@@ -51,23 +51,26 @@ _REPEATS = "repeat-*"
 class ResultFolder:
     """A folder that a run's files go to."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, holds_old_run: bool = False) -> None:
         """`path` exists; `create` makes it."""
         self.path = path
+        self._holds_old_run = holds_old_run
 
     @classmethod
     def create(cls, path: Path, *, force: bool = False) -> ResultFolder:
-        """Makes the folder. One that holds anything is refused; with `force` an older run in it is removed.
+        """Makes the folder. One that holds anything is refused; with `force` an older run in it is replaced.
 
-        Raises SpecError if it is not empty (with `force`: and holds no run), or cannot be made.
+        It goes when the first new file comes: a run that cannot start takes nothing away. Raises SpecError if the
+        folder is not empty (with `force`: and holds no run), or cannot be made.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                _make_room(path, force)
+            is_empty = not any(path.iterdir())
         except OSError as error:
             raise SpecError("out", path, error.strerror or "cannot be made", "Give another folder") from error
-        return cls(path)
+        if not is_empty:
+            _check_replaceable(path, force)
+        return cls(path, holds_old_run=not is_empty)
 
     def repeat_path(self, repeat: int) -> Path:
         """The folder of a repeat, from 0; made if it is not there."""
@@ -79,10 +82,12 @@ class ResultFolder:
         """The workload as run: with its variant, its overrides and the adapters that the target lists."""
         from heddle_loadtest.workload.spec_file import dump_workload
 
+        self._make_room()
         write_text(dump_workload(workload), self.path / _WORKLOAD)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """What `environment.describe` found."""
+        self._make_room()
         write_json(environment, self.path / _ENVIRONMENT)
 
     def write_schedule(self, repeat: int, schedule: Schedule, style: Style, model: str | None) -> None:
@@ -102,6 +107,11 @@ class ResultFolder:
     def write_summary(self, summary: Summary) -> None:
         """The summary, after everything else that was measured: it makes the folder whole."""
         write_json(summary.to_json(), self.path / _SUMMARY)
+
+    def _make_room(self) -> None:
+        if self._holds_old_run:
+            _remove_run(self.path)
+            self._holds_old_run = False
 
 
 def read_run(path: Path) -> StoredRun:
@@ -164,11 +174,14 @@ def _read_outcome(path: Path) -> Outcome:
     )
 
 
-def _make_room(path: Path, force: bool) -> None:
+def _check_replaceable(path: Path, force: bool) -> None:
     if not force:
         raise SpecError("out", path, "is not empty", "Give another name, or --force to replace its run")
     if not any((path / name).is_file() for name in (_WORKLOAD, _ENVIRONMENT)):  # never someone's home folder
         raise SpecError("out", path, "is not empty and holds no run to replace", "Give another name")
+
+
+def _remove_run(path: Path) -> None:
     plots = (f"{plot.name}.png" for plot in PLOTS)
     for name in (_SUMMARY, PAGE, *plots, _ENVIRONMENT, _WORKLOAD):  # the summary first: no half run is whole
         (path / name).unlink(missing_ok=True)

@@ -22,6 +22,11 @@ class ClosedLoop:
         self._next_id = None if ends_seconds is None else next_id
         self._num_taken = 0
 
+    @property
+    def num_requests(self) -> int:
+        """Of the list: more streams than that find nothing to ask."""
+        return len(self._requests)
+
     def take(self) -> ScheduledRequest | None:
         """The next request, to be sent now; None if the loop is over."""
         if not self._requests or (self._ends_seconds is not None and time.perf_counter() >= self._ends_seconds):

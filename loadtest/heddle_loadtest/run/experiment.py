@@ -8,19 +8,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from heddle_loadtest.client.chat_client import ChatClient
-from heddle_loadtest.client.target import CheckedTarget, Target, check_target
-from heddle_loadtest.errors import SpecError
+from heddle_loadtest.client.target import CheckedTarget, Target, check_api_key, check_target
+from heddle_loadtest.errors import SpecError, TargetError
 from heddle_loadtest.run.adapter_supply import AdapterSupply
 from heddle_loadtest.run.outcome import Outcome
 from heddle_loadtest.run.runner import OnResult, OnStart, run_schedule, run_until
 from heddle_loadtest.run.warm_up import warm_up
-from heddle_loadtest.workload.draw import draw_schedule, with_listed
+from heddle_loadtest.workload.draw import cold_adapters, draw_schedule, with_listed
 from heddle_loadtest.workload.schedule import Schedule
 from heddle_loadtest.workload.spec import Workload
 
@@ -107,8 +107,7 @@ async def run_experiment(
         if on_repeat is not None:
             on_repeat(repeat)
         async with ChatClient(target) as client:
-            await _take_away(client, schedule, again=repeat > 0)
-            await run_until(stop, warm_up(client, schedule, workload.warmup))
+            await run_until(stop, warm_up(client, schedule, workload.warmup, cold_adapters(workload), tenant_keys))
         outcome = await run_schedule(
             schedule,
             target,
@@ -122,6 +121,8 @@ async def run_experiment(
             stop=stop,
         )
         outcomes.append(outcome)
+        async with ChatClient(target) as client:
+            await _take_away(client, outcome)
         if folder is not None:
             folder.write_outcome(repeat, outcome, keep_text=settings.keep_text)
     return Experiment(workload=workload, target=checked, outcomes=tuple(outcomes))
@@ -136,6 +137,7 @@ def read_tenant_keys(workload: Workload) -> Mapping[str, str]:
             if not key:
                 problem = "is not set in the environment"
                 raise SpecError(f"tenants.{name}.api_key_env", tenant.api_key_env, problem, "Export the tenant's key")
+            check_api_key(f"tenants.{name}.api_key_env", key)
             keys[name] = key
     return keys
 
@@ -153,6 +155,7 @@ async def _spell_out(workload: Workload, client: ChatClient) -> Workload:
 async def _check(client: ChatClient, schedules: Sequence[Schedule], supply: AdapterSupply) -> CheckedTarget:
     uploads = {upload.adapter for schedule in schedules for upload in schedule.uploads}
     supply.check_uploads(uploads)
+    await _check_not_there(client, uploads)
     asked_for = dict.fromkeys(adapter for schedule in schedules for adapter in schedule.adapters)
     style = client.target.style
     if not style.takes_token_ids and any(not isinstance(request.prompt, str) for request in schedules[0].requests):
@@ -160,8 +163,15 @@ async def _check(client: ChatClient, schedules: Sequence[Schedule], supply: Adap
     return await check_target(client, [name for name in asked_for if name not in uploads], supply.names)
 
 
-async def _take_away(client: ChatClient, schedule: Schedule, *, again: bool) -> None:
-    """What an earlier repeat uploaded on its way, so that this one finds the target as that one did."""
-    if again:
-        for upload in schedule.uploads:
+async def _check_not_there(client: ChatClient, uploads: Collection[str]) -> None:
+    there = sorted(set(uploads) & set(await client.list_models())) if uploads else []
+    if there:
+        problem = "is on the target already, and the workload uploads it while it runs"
+        raise TargetError("uploads", there[0], problem, "Delete it there, or give `adapters.name` another pattern")
+
+
+async def _take_away(client: ChatClient, outcome: Outcome) -> None:
+    """What was uploaded on the way, so that the next run finds the target as this one did."""
+    for upload in outcome.uploads:
+        if upload.error is None:
             await client.pages.delete(upload.adapter)

@@ -7,7 +7,7 @@ import gc
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -69,3 +69,15 @@ def calm_collector() -> Iterator[None]:
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
+
+
+def raise_file_limit() -> None:
+    """Each request under way takes a file descriptor, and many systems allow 1,024 of them unless asked for more."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # some systems say more than they give
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

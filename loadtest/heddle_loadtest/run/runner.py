@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from heddle_loadtest.client.chat_client import ChatClient
-from heddle_loadtest.client.result import RequestResult
+from heddle_loadtest.client.result import ABANDONED, RequestResult
 from heddle_loadtest.client.target import Target
 from heddle_loadtest.run.closed_loop import ClosedLoop
 from heddle_loadtest.run.dispatcher import Dispatcher
-from heddle_loadtest.run.health import HealthMeter, calm_collector
+from heddle_loadtest.run.health import HealthMeter, calm_collector, raise_file_limit
 from heddle_loadtest.run.outcome import Outcome, UploadResult
 from heddle_loadtest.run.scraper import Scraper
 from heddle_loadtest.workload.schedule import Schedule, ScheduledRequest, ScheduledUpload
@@ -55,6 +55,7 @@ async def run_schedule(
     `on_result` for each result; an error in either ends the run.
     """
     stop = stop or asyncio.Event()
+    raise_file_limit()
     async with ChatClient(target) as client:
         run = _Run(schedule, client, tenant_keys or {}, adapter_files, keep_text, begins_again, on_result)
         scraper = Scraper(client.pages)
@@ -117,7 +118,7 @@ class _Run:
             for upload in self._schedule.uploads:
                 tasks.create_task(self._upload(upload))
             for loop, num_streams in self._closed_loops():
-                for number in range(num_streams):
+                for number in range(min(num_streams, loop.num_requests)):
                     tasks.create_task(self._stream(loop, number))
 
     def _begin(self, tasks: asyncio.TaskGroup, request: ScheduledRequest, due_seconds: float) -> None:
@@ -143,7 +144,7 @@ class _Run:
         while (request := loop.take()) is not None:
             result = await self._send(request, time.perf_counter())
             if result.error is not None:
-                if result.error.code == "abandoned":
+                if result.error.code == ABANDONED:
                     return
                 await asyncio.sleep(_PAUSE_AFTER_FAILURE_SECONDS)
 

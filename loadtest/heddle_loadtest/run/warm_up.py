@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -16,26 +16,31 @@ _QUESTION = "Say hello."  # of none of the prompts, so that no prefix cache know
 _NUM_TOKEN_IDS = 16
 
 
-async def warm_up(client: ChatClient, schedule: Schedule, times: int) -> None:
-    """Short requests, `times` to each adapter that is there from the start; a failure shows again in the run itself."""
+async def warm_up(
+    client: ChatClient,
+    schedule: Schedule,
+    times: int,
+    cold: Collection[str] = (),
+    tenant_keys: Mapping[str, str] | None = None,
+) -> None:
+    """Short requests, `times` to each adapter that is not in `cold`; one that fails leaves it cold."""
     slots = asyncio.Semaphore(_MAX_AT_ONCE)
 
     async def send(request: ScheduledRequest) -> None:
         async with slots:
-            await client.send(request, 0.0, keep_text=False)
+            await client.send(request, 0.0, api_key=(tenant_keys or {}).get(request.tenant), keep_text=False)
 
     async with asyncio.TaskGroup() as tasks:
-        for request in warm_up_requests(schedule):
+        for request in warm_up_requests(schedule, cold):
             for _ in range(times):
                 tasks.create_task(send(request))
 
 
-def warm_up_requests(schedule: Schedule) -> Iterable[ScheduledRequest]:
+def warm_up_requests(schedule: Schedule, cold: Collection[str] = ()) -> Iterable[ScheduledRequest]:
     """One to each adapter, in the manner of its first request in the schedule."""
-    uploaded_later = {upload.adapter for upload in schedule.uploads}
     first_requests: dict[str, ScheduledRequest] = {}
     for request in schedule.requests:
-        if request.adapter not in uploaded_later:
+        if request.adapter not in cold:
             first_requests.setdefault(request.adapter, request)
     for request in first_requests.values():
         prompt = _QUESTION if isinstance(request.prompt, str) else request.prompt[::-1][:_NUM_TOKEN_IDS]

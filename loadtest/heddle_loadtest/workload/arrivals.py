@@ -65,7 +65,7 @@ def _inverse_cumulative_rate(arrivals: OpenLoop, random: Generator, end: float) 
         case Diurnal():
             return lambda events: _invert_diurnal(arrivals, events)
         case Bursts():
-            return _Phases(arrivals, random).invert
+            return _Phases(arrivals, random, end).invert
 
 
 def _invert_ramp(ramp: Ramp, end: float, events: Floats) -> Floats:
@@ -92,8 +92,10 @@ def _invert_diurnal(diurnal: Diurnal, events: Floats) -> Floats:
 class _Phases:
     """The cumulative rate of bursts, on first: straight lines between knots, drawn as far as they are asked for."""
 
-    def __init__(self, bursts: Bursts, random: Generator) -> None:
+    def __init__(self, bursts: Bursts, random: Generator, end: float) -> None:
+        """No phase is drawn beyond `end`: what is expected after it is expected never."""
         self._bursts = bursts
+        self._end = end
         self._random = random.spawn(1)[0]  # its own, so that phases do not depend on how events are drawn in blocks
         self._is_on = True
         self._knot_seconds = [0.0]
@@ -101,12 +103,14 @@ class _Phases:
 
     def invert(self, events: Floats) -> Floats:
         """Times of these ascending events."""
-        while self._knot_events[-1] < events[-1]:
+        while self._knot_events[-1] < events[-1] and self._knot_seconds[-1] <= self._end:
             self._add_phase()
         knot_seconds, knot_events = np.array(self._knot_seconds), np.array(self._knot_events)
-        after = np.maximum(np.searchsorted(knot_events, events, side="left"), 1)  # never ends a phase of rate 0
+        inside = events <= knot_events[-1]
+        after = np.maximum(np.searchsorted(knot_events, events[inside], side="left"), 1)  # never ends a phase of rate 0
         seconds_per_event = np.diff(knot_seconds)[after - 1] / np.diff(knot_events)[after - 1]
-        times: Floats = knot_seconds[after - 1] + (events - knot_events[after - 1]) * seconds_per_event
+        times = np.full(len(events), np.inf)
+        times[inside] = knot_seconds[after - 1] + (events[inside] - knot_events[after - 1]) * seconds_per_event
         return times
 
     def _add_phase(self) -> None:

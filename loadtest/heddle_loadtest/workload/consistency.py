@@ -36,7 +36,8 @@ def check_workload(workload: Workload) -> None:
         _check_arrivals(part_field(workload, name, "arrivals"), tenant)
         if not tenant.adapters.listed:
             adapter_names(tenant.adapters)
-        _check_popularity(part_field(workload, name, "popularity"), tenant)
+        shares_adapters = tenant.adapters == workload.adapters
+        _check_popularity(part_field(workload, name, "popularity"), tenant, shares_adapters=shares_adapters)
         _check_lengths(workload, name, tenant)
     _check_mixed_loops(tenants)
     _check_uploads(workload, tenants)
@@ -58,7 +59,8 @@ def _check_arrivals(field: str, workload: Workload) -> None:
                 raise SpecError(f"{field}.{key}", seconds, problem, "Give a longer phase, or `kind: poisson`")
 
 
-def _check_popularity(field: str, workload: Workload) -> None:
+def _check_popularity(field: str, workload: Workload, *, shares_adapters: bool) -> None:
+    """`shares_adapters`: whether the adapters are those of which the last ones are uploaded on the way."""
     popularity = workload.popularity
     if isinstance(popularity, Drift | Storm) and isinstance(workload.arrivals, Closed):
         problem = "moves with time, but a closed loop's requests have no times"
@@ -70,7 +72,7 @@ def _check_popularity(field: str, workload: Workload) -> None:
         raise SpecError(f"{field}.weights", None, "are all 0", "Give at least one that is not")
     key, wanted = _wanted_adapters(workload)
     available = num_adapters(workload.adapters)
-    if available is not None and workload.uploads is not None:
+    if available is not None and workload.uploads is not None and shares_adapters:
         available -= workload.uploads.count
     if available is not None and wanted > available > 0:
         remedy = f"Give {wanted} adapters or more, or a smaller `{key}`"

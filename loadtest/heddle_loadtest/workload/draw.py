@@ -18,7 +18,7 @@ from heddle_loadtest.errors import SpecError
 from heddle_loadtest.workload.adapter_set import adapter_names, spell_out
 from heddle_loadtest.workload.consistency import check_workload
 from heddle_loadtest.workload.schedule import Schedule, ScheduledUpload
-from heddle_loadtest.workload.spec import Workload
+from heddle_loadtest.workload.spec import Storm, Workload
 from heddle_loadtest.workload.tenant_draw import TenantDraw
 from heddle_loadtest.workload.tenants import split_tenants
 
@@ -65,6 +65,15 @@ def with_listed(workload: Workload, names: Sequence[str]) -> Workload:
             for name, tenant in workload.tenants.items()
         },
     )
+
+
+def cold_adapters(workload: Workload) -> frozenset[str]:
+    """Those that nobody may have asked for before the run: what it uploads, and what a storm asks for."""
+    cold = {upload.adapter for upload in _uploads(workload)}
+    for tenant in split_tenants(workload).values():
+        if isinstance(tenant.popularity, Storm):
+            cold.update(adapter_names(tenant.adapters)[tenant.popularity.warm :])
+    return frozenset(cold)
 
 
 def _closed_turns(workload: Workload, tenants: Sequence[TenantDraw]) -> Iterator[Turn]:

@@ -105,16 +105,16 @@ def _equal_counts(num_asked: int, num_requests: int) -> list[int]:
 
 
 def _skewed_counts(num_adapters: int, num_requests: int, ratio: float) -> list[int]:
-    """A geometric series' share of what is left, at least one; the least popular takes what is left of that.
+    """A geometric series' share of what is left, at least one, until nothing is left or there is no adapter more.
 
     The series is the paper's (Punica, arXiv 2310.18547, section 7: each 1.5 times the next). The generator released
     with it builds the series from the other end, rounds down, and gives what is left to one more: of 32 requests this
     asks for 9 adapters and that for 8, of 1024 for 17 and 16.
     """
     counts = list[int]()
-    while (left := num_requests - sum(counts)) > 0:
-        is_last = len(counts) == num_adapters - 1
-        counts.append(left if is_last else max(1, round(left * (1 - 1 / ratio))))
+    while (left := num_requests - sum(counts)) > 0 and len(counts) < num_adapters:
+        left_share = 1 - ratio ** -(num_adapters - len(counts))  # of an endless series, what the rest of it makes up
+        counts.append(min(left, max(1, round(left * (1 - 1 / ratio) / left_share))))
     return counts
 
 

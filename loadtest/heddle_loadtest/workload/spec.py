@@ -289,12 +289,13 @@ class Adapters(_Part, frozen=True, kw_only=True):
 class Uploads(_Part, frozen=True, kw_only=True):
     """Adapters that are uploaded while the run goes on (heddle only), one every `every_seconds`.
 
-    From then on `share` of the requests ask for the newest. They are the last ones of `adapters`, which nothing else
-    asks for; their files come from `--adapter-files`.
+    From `settle_seconds` after an upload is due on, `share` of the requests ask for it, until the next one. They are
+    the last ones of `adapters`, which nothing else asks for; their files come from `--adapter-files`.
     """
 
     count: Count
     every_seconds: Seconds
+    settle_seconds: Annotated[float, Meta(ge=0, le=1e5)] = 1.0  # an upload that takes longer shows as 404s
     share: Share = 0.2
 
 

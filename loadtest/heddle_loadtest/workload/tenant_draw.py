@@ -148,7 +148,9 @@ def _digest(text: str) -> bytes:
 
 
 def _num_uploaded(uploads: Uploads, times: Sequence[float]) -> list[int]:
-    return [min(int(at_seconds / uploads.every_seconds), uploads.count) for at_seconds in times]
+    """How many are there to be asked for at each time."""
+    settled = (max(0.0, at_seconds - uploads.settle_seconds) for at_seconds in times)
+    return [min(int(at_seconds / uploads.every_seconds), uploads.count) for at_seconds in settled]
 
 
 def _shuffled(questions: Sequence[str], num_requests: int, random: Generator) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from heddle_demo.bench.load.bases import LoadBase
 
 HEDDLE = "heddle"
+GIVES_WAY = ("nice", "-n", "5")  # to the client, which shares the cores and would be late otherwise; all alike
 BASELINES = ("peft-mixed", "peft-grouped", "transformers-cb-grouped")
 
 
@@ -24,4 +25,4 @@ def baseline_command(kind: str, base: LoadBase, adapters: Path) -> list[str]:
 
 def _command(module: str, *arguments: str, options: dict[str, object]) -> list[str]:
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [sys.executable, "-m", module, *arguments, *words]
+    return [*GIVES_WAY, sys.executable, "-m", module, *arguments, *words]

@@ -13,7 +13,7 @@ from heddle_demo.bench.load.servers import heddle_command
 from heddle_loadtest.workload.adapter_files import write_adapter_files
 from heddle_loadtest.workload.spec import Adapters, Closed, Output, Poisson, Slo, Words, Workload, Zipf
 
-LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of the capacity
+LOADS = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)  # of the capacity
 NUM_ADAPTERS = 32
 WINDOW_SECONDS = 10.0
 TTFT_SECONDS = 1.0
