@@ -29,7 +29,7 @@ def make_result(
         "finished_seconds": chunks[-1] if chunks else start + 1.0,
         "chunk_seconds": chunks,
         "text": "x" * len(chunks),
-        "num_prompt_tokens": None,
+        "num_prompt_tokens": 7,
         "num_output_tokens": len(chunks),
         "finish_reason": None if error else "stop",
         "http_status": 200,

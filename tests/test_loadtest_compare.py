@@ -17,9 +17,10 @@ from heddle_loadtest.client.result import RequestError
 from heddle_loadtest.commands.compare import compare as compare_command
 from heddle_loadtest.commands.compare import verdict_line
 from heddle_loadtest.errors import SpecError
-from heddle_loadtest.measure.bootstrap import METRICS
+from heddle_loadtest.measure import bootstrap
 from heddle_loadtest.measure.compare import Comparison, Verdict, compare
 from heddle_loadtest.measure.conditions import Answer, judge, parse_conditions, parse_fail_if
+from heddle_loadtest.measure.sample import METRICS
 from heddle_loadtest.measure.summary import summarize
 from heddle_loadtest.report.folder import ResultFolder
 from heddle_loadtest.run.outcome import Outcome
@@ -80,6 +81,40 @@ def test_no_difference_is_mostly_seen_as_none() -> None:
     for metric in ("ttft_p50", "e2e_p90"):
         num_seen = sum(each.metrics[metric].is_significant for each in verdicts)
         assert num_seen <= 4  # more than that has a chance below 1 % at 5 % each
+
+
+def test_identical_targets_whose_runs_differ_are_mostly_seen_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 pairs of three repeats; each repeat is faster or slower as a whole by a tenth or so."""
+    monkeypatch.setattr(bootstrap, "_NUM_REPLICATES", (300, 300))
+    random = np.random.default_rng(1)
+
+    def run() -> Run:
+        outcomes = []
+        for seed in range(3):
+            first, later = random.lognormal(random.normal(0.0, 0.1, size=2), 0.1, size=(34, 2)).T
+            ends = np.cumsum(first + later)
+            times = zip(ends - later - first, ends - later, ends, strict=True)
+            results = [
+                make_result(*map(float, each), error=ERROR if random.random() < 0.02 else None) for each in times
+            ]
+            outcomes.append(make_outcome(results, seed=seed))
+        return Run(outcomes)
+
+    comparisons = [compare(run(), run()) for _ in range(100)]
+    seen = {name: sum(each.metrics[name].is_significant for each in comparisons) for name in METRICS}
+    assert max(seen.values()) <= 10, seen
+    assert all(each.metrics["ttft_p90"].interval is not None for each in comparisons)
+
+
+def test_one_repeat_shows_nothing() -> None:
+    one, three, slow = (Run(make_run(slower, source=1).outcomes[:count]) for slower, count in ((1, 1), (1, 3), (9, 1)))
+    for a, b in ((one, slow), (three, slow), (slow, three)):
+        comparison = compare(a, b)
+        assert not any(change.is_significant for change in comparison.metrics.values())
+        assert comparison.metrics["ttft_p50"].interval is not None
+    assert judge(compare(three, slow), parse_fail_if("ttft_p50>+10%")).answer is Answer.NOT_SHOWN
+    (warning,) = (warning for warning in compare(three, slow).warnings if "repeats:" in warning)
+    assert warning.startswith("B has 1 of 3 repeats: nobody knows how its runs differ, so that no difference is shown")
 
 
 def test_throughput_and_goodput_are_better_when_there_is_more() -> None:

@@ -31,19 +31,47 @@ def test_index_does_not_depend_on_the_unit() -> None:
 
 
 def test_speed_and_answered_of_adapters() -> None:
+    """The run's mean time to the first token is 0.75 s, and that of a later token as well (3 s for 4)."""
     results = [
-        make_result(0.0, 0.5, 1.0, adapter="hot"),  # 2 tokens in 1 s
+        make_result(0.0, 0.5, 1.0, adapter="hot"),
         make_result(5.0, 5.5, 6.0, adapter="hot"),
-        make_result(0.0, 1.0, 2.0, adapter="cold"),  # 2 tokens in 2 s
-        make_result(0.0, adapter="cold", error=ERROR, finished_seconds=2.0),  # nothing in 2 s
+        make_result(0.0, 1.0, 2.0, 3.0, adapter="cold"),
+        make_result(0.0, 1.0, adapter="cold"),
+        make_result(0.0, adapter="cold", error=ERROR, finished_seconds=2.0),
+        make_result(0.0, adapter="dead", error=ERROR),
     ]
+    hot, cold = 2 * (0.75 + 0.75) / 2.0, (2 * 0.75 + 2 * 0.75) / 4.0
     fairness = fairness_by_adapter(results)
     assert fairness is not None
-    assert fairness.count == 2
-    assert fairness.answered == pytest.approx((1 + 0.5) ** 2 / (2 * (1 + 0.25)))
-    assert fairness.speed == pytest.approx((2 + 0.5) ** 2 / (2 * (4 + 0.25)))
-    assert (fairness.slowest, fairness.fastest) == ("cold", "hot")
-    assert (fairness.slowest_tokens_per_second, fairness.fastest_tokens_per_second) == pytest.approx((0.5, 2.0))
+    assert fairness.count == 3
+    assert fairness.answered == pytest.approx((1 + 2 / 3) ** 2 / (3 * (1 + 4 / 9)))
+    assert fairness.speed == pytest.approx((hot + cold) ** 2 / (2 * (hot**2 + cold**2)))  # of those with answers
+    assert fairness.slowest is not None
+    assert fairness.fastest is not None
+    assert (fairness.slowest.name, fairness.fastest.name) == ("cold", "hot")
+    assert (fairness.slowest.relative_speed, fairness.fastest.relative_speed) == pytest.approx((cold, hot))
+
+
+@pytest.mark.parametrize("lengths", [(4, 400), (1, 2), (1, 1), (7, 7)])
+def test_an_even_target_is_fair_whatever_lengths_are_asked_for(lengths: tuple[int, int]) -> None:
+    """100 ms to the first token and 10 ms for each later one, for all."""
+    results = []
+    for adapter, length in zip(("short", "long"), lengths, strict=True):
+        chunks = [0.1 + 0.01 * index for index in range(length)]
+        results += [make_result(0.0, *chunks, adapter=adapter), make_result(0.0, *chunks[:1], adapter=adapter)]
+    fairness = fairness_by_adapter(results)
+    assert fairness is not None
+    assert fairness.speed == pytest.approx(1.0)
+    assert fairness.slowest is not None
+    assert fairness.fastest is not None
+    assert (fairness.slowest.relative_speed, fairness.fastest.relative_speed) == pytest.approx((1.0, 1.0))
+
+
+def test_nobody_had_an_answer() -> None:
+    fairness = fairness_by_adapter([make_result(0.0, adapter=name, error=ERROR) for name in "ab"])
+    assert fairness is not None
+    assert (fairness.answered, fairness.speed, fairness.slowest, fairness.fastest) == (None, None, None, None)
+    assert fairness.to_json()["slowest"] is None
 
 
 def test_how_often_one_asks_does_not_matter() -> None:

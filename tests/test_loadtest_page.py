@@ -190,6 +190,24 @@ def test_the_verdict_and_its_reasons_come_first(
     assert all(word in text for word in words)
 
 
+def test_warnings_and_how_to_read_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = make_outcome([make_result(float(at), at + 0.5, num_prompt_tokens=None) for at in range(3)])
+    one, three = (Page(page_of(stored([outcome] * count))).text for count in (1, 3))
+    assert "3 of 3 answers came without usage" in one
+    assert "To know beforehand." in one
+    assert "To know beforehand." not in Page(page_of(stored([make_repeat(0, 60)]))).text
+    assert "it knows nothing of how runs differ" in one
+    assert "it knows nothing of how runs differ" not in three
+    assert "Wilson's" in three
+
+
+def test_failed_requests_have_an_interval(page: Page, run: StoredRun) -> None:
+    low, high = run.summary["total"]["error_rate_interval"]
+    assert 0 < low < run.summary["total"]["error_rate"] < high
+    assert f"{low * 100:.1f} to {high * 100:.1f} %" in [data for name, data in page.texts if name == "interval"]
+
+
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src="http://evil/x.png" onerror=alert(1)>',

@@ -6,12 +6,13 @@ import json
 
 import pytest
 from msgspec.structs import replace
+from scipy import stats
 
 from heddle_loadtest.client.result import RequestError
 from heddle_loadtest.measure.summary import MAX_ADAPTER_ROWS, SCHEMA_VERSION, Summary, summarize
-from heddle_loadtest.run.outcome import UploadResult
-from heddle_loadtest.workload.spec import Slo, Tenant
-from loadtest_samples import OPEN_LOOP, make_cached_result, make_outcome, make_result
+from heddle_loadtest.run.outcome import Outcome, UploadResult
+from heddle_loadtest.workload.spec import Output, Slo, Tenant, Workload
+from loadtest_samples import CLOSED_LOOP, OPEN_LOOP, make_cached_result, make_outcome, make_result
 
 FULL, LOST = RequestError("queue_full", "try [later]"), RequestError("connection_lost", "reset")
 ABANDONED = RequestError("abandoned", "the run was stopped")
@@ -170,6 +171,69 @@ def test_no_requests_at_all(num_repeats: int) -> None:
     assert summary.total.error_rate is None
     assert not summary.is_valid
     json.dumps(summary.to_json(), allow_nan=False)
+
+
+SCRAPES = [{"heddle_generated_tokens_total": count} for count in (0.0, 9.0)]
+
+
+@pytest.mark.parametrize(
+    ("workload", "outcome", "words"),
+    [
+        (
+            OPEN_LOOP,
+            make_outcome([make_result(0.0, 0.5), make_result(0.0, 0.5, num_prompt_tokens=None)]),
+            "1 of 2 answers came without usage",
+        ),
+        (
+            replace(OPEN_LOOP, output=Output(tokens=9)),
+            make_outcome([make_result(0.0, 0.5), make_result(0.0, 0.5, finish_reason="length")]),
+            "1 of 2 answers ended before the length",
+        ),
+        (
+            replace(
+                OPEN_LOOP,
+                output=Output(tokens=9),
+                tenants={"a": Tenant(output=Output(tokens=9, exact=False)), "b": Tenant()},
+            ),
+            make_outcome([make_result(0.0, 0.5, tenant="a"), make_result(0.0, 0.5, tenant="b")]),
+            "1 of 1 answers ended before the length",
+        ),
+        (
+            OPEN_LOOP,
+            make_outcome([make_result(0.0, 0.1, 0.2, 0.3)], scrapes=SCRAPES),
+            "Client and target disagree on output tokens: 3 here, 9 there (heddle_generated_tokens_total).",
+        ),
+        (
+            OPEN_LOOP,
+            make_outcome([make_result(0.0, 0.5), make_result(2.0, 5.0)]),
+            "In 1 of 1 repeats the answers came in long after the arrivals had ended: 3.0 s after 2.0 s",
+        ),
+    ],
+)
+def test_warnings(workload: Workload, outcome: Outcome, words: str) -> None:
+    summary = summarize(workload, [outcome])
+    (warning,) = summary.warnings
+    assert words in warning
+    assert summary.to_json()["warnings"] == [warning]
+    assert summary.is_valid
+
+
+def test_no_warnings() -> None:
+    """As asked for, with usage, answered at once; a closed loop's arrivals have no end of their own."""
+    exact = replace(OPEN_LOOP, output=Output(tokens=1))
+    at_once = [make_result(float(at), at + 0.5, finish_reason="length") for at in range(3)]
+    assert summarize(exact, [make_outcome(at_once)]).warnings == ()
+    assert summarize(CLOSED_LOOP, [make_outcome([make_result(0.0, 0.5), make_result(2.0, 5.0)])]).warnings == ()
+    assert summarize(OPEN_LOOP, [make_outcome([make_result(0.0, error=FULL, num_prompt_tokens=None)])]).warnings == ()
+    assert summarize(OPEN_LOOP, [make_outcome([])]).warnings == ()
+
+
+def test_share_of_failed_requests_has_an_interval(summary: Summary) -> None:
+    document = summary.total.to_json()
+    assert document["error_rate"] == pytest.approx(0.6)
+    assert document["error_rate_interval"] == pytest.approx(
+        stats.binomtest(3, 5).proportion_ci(method="wilson"), abs=1e-6
+    )
 
 
 def test_json_is_plain_and_holds_no_prompt(summary: Summary) -> None:

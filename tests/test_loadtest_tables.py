@@ -109,6 +109,21 @@ def test_an_invalid_run_is_red_and_says_why() -> None:
     assert "Not for publication: A published figure needs 3 repeats" in " ".join(good.split())
 
 
+def test_warnings_are_yellow() -> None:
+    without_usage = make_outcome([make_result(0.0, 1.0, num_prompt_tokens=None)])
+    text = printed(summarize(OPEN_LOOP, [without_usage]), with_colour=True, width=200)
+    (line,) = (line for line in text.splitlines() if "Note: " in line)
+    assert re.match(r"\x1b\[33mNote: 1 of 1 answers came without usage", line)
+
+
+def test_speed_is_said_beside_the_average() -> None:
+    results = [make_result(0.0, 1.0, adapter="slow"), make_result(0.0, 0.5, adapter="fast")]
+    text = " ".join(printed(summarize(CLOSED_LOOP, [make_outcome(results)])).split())
+    assert "slowest slow (0.75 of the run's average speed), fastest fast (1.50)." in text
+    failed = [make_result(0.0, adapter=name, error=RequestError("queue_full", "later")) for name in "ab"]
+    assert "answered -, speed -." in printed(summarize(CLOSED_LOOP, [make_outcome(failed)]), width=200)
+
+
 def test_no_requests_at_all() -> None:
     assert "0 ok, 0 failed" in printed(summarize(OPEN_LOOP, []))
     assert "0 ok, 0 failed" in printed(summarize(OPEN_LOOP, [make_outcome([])]))
@@ -167,7 +182,10 @@ def test_a_page_of_an_error_is_not_printed_whole() -> None:
 
 def test_the_json_line_is_last_and_alone_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary(WHOLE)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(WHOLE.to_json()))
+    whole = json.loads(json.dumps(WHOLE.to_json()))
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(whole) - set(line) == {"adapters", "other_adapters", "tenants", "temperature"}
+    assert all(whole[name] == value for name, value in line.items())
     print_summary(WHOLE, json_only=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["total"]["num_ok"] == WHOLE.total.num_ok

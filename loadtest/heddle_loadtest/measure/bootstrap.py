@@ -3,44 +3,25 @@
 Repeats differ by more than chance within one explains (another process ran, the seed asked for harder prompts), so a
 replicate resamples repeats first, then within each of them: requests for latencies and shares (A. C. Davison and
 D. V. Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8), slices of time for rates, whose requests
-are not independent of each other in a closed loop. With few repeats such intervals are somewhat too narrow.
+are not independent of each other in a closed loop. What that misses with few repeats, stretch.py adds. The interval of
+a single repeat says how sure that repeat is of itself, and knows nothing of how runs differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
-from heddle_loadtest.measure.ending import Ending, ending_of
-from heddle_loadtest.measure.goodput import keeps
+from heddle_loadtest.measure.sample import NUM_SLICES, PERCENTILES, RATES, SHARES, Floats, Integers, Sample, sample_of
+from heddle_loadtest.measure.stretch import stretch_factor, stretched
 from heddle_loadtest.run.outcome import Outcome
-from heddle_loadtest.workload.spec import Slo, Workload
+from heddle_loadtest.workload.spec import Workload
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Booleans = NDArray[np.bool_]
-
-PERCENTILES = {  # metric -> what it is a percentile of, and which
-    "ttft_p50": ("ttft", 50.0),
-    "ttft_p90": ("ttft", 90.0),
-    "ttft_p99": ("ttft", 99.0),
-    "tpot_p50": ("tpot", 50.0),
-    "tpot_p99": ("tpot", 99.0),
-    "e2e_p50": ("e2e", 50.0),
-    "e2e_p90": ("e2e", 90.0),
-    "e2e_p99": ("e2e", 99.0),
-}
-RATES = ("output_tokens_per_second", "requests_per_second")
-SHARES = ("goodput", "error_rate")
-METRICS = (*PERCENTILES, *RATES, *SHARES)  # latencies in seconds
-
-_NUM_SLICES = 20  # of a repeat's time: long beside a step of the target, short beside its warm-up and its tail
-_SHORTEST_SECONDS = 1e-6  # that a request is taken to be under way
 _MAX_DRAWS = 10_000_000  # requests drawn in all, so that a run of a million ends soon
+_MAX_DRAWS_AT_ONCE = 1_000_000  # a few dozen megabytes
 _NUM_REPLICATES = (200, 1000)  # at least, at most
 _MIN_FINITE_SHARE = 0.9
 _SEED = 20261121  # any; fixed, so that the same results give the same interval
@@ -58,60 +39,12 @@ class Interval:
         return [round(self.low, 6), round(self.high, 6)]
 
 
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """Those of the requests that have a value, by it."""
-
-    indices: Integers  # [num_values], into the requests
-    values: Floats  # [num_values], ascending, in seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """What the metrics need of a run, in arrays."""
-
-    latencies: Mapping[str, Ranked]  # ttft, tpot, e2e of the requests that succeeded
-    shares: Mapping[str, Booleans]  # goodput, error_rate: for each request whether it counts, [num_requests]
-    repeat_ends: tuple[int, ...]  # where among the requests each repeat ends
-    slices: Floats  # [num_repeats, _NUM_SLICES, 2], output tokens and requests done in each slice of time
-    slice_seconds: Floats  # [num_repeats], how long a slice is
-
-    @property
-    def num_requests(self) -> int:
-        """Of all repeats, without those abandoned."""
-        return self.repeat_ends[-1] if self.repeat_ends else 0
-
-
-def sample_of(slo: Slo | None, outcomes: Sequence[Outcome]) -> Sample:
-    """The arrays of a run's repeats; those without one ended request are left out."""
-    ended = [
-        (outcome, [result for result in outcome.results if ending_of(result) is not Ending.ABANDONED])
-        for outcome in outcomes
-    ]
-    repeats = [(outcome, results) for outcome, results in ended if results]
-    results = [result for _, repeat in repeats for result in repeat]
-    shares = {"error_rate": np.array([not result.is_ok for result in results], dtype=np.bool_)}
-    if slo is not None:
-        shares["goodput"] = np.array([keeps(result, slo) for result in results], dtype=np.bool_)
-    return Sample(
-        latencies={
-            "ttft": _ranked([result.ttft_seconds if result.is_ok else None for result in results]),
-            "tpot": _ranked([result.tpot_seconds if result.is_ok else None for result in results]),
-            "e2e": _ranked([result.end_to_end_seconds if result.is_ok else None for result in results]),
-        },
-        shares=shares,
-        repeat_ends=tuple(accumulate(len(repeat) for _, repeat in repeats)),
-        slices=np.array([_slices(outcome) for outcome, _ in repeats]).reshape(len(repeats), _NUM_SLICES, 2),
-        slice_seconds=np.array([_elapsed_seconds(outcome) / _NUM_SLICES for outcome, _ in repeats]),
-    )
-
-
 def values_of(sample: Sample) -> dict[str, float]:
     """Every metric that was measured."""
     if not sample.num_requests:
         return {}
-    values = _measure(sample, np.ones(sample.num_requests), np.ones(sample.slices.shape[:2]))
-    return {name: value for name, value in values.items() if np.isfinite(value)}
+    values = _measure(sample, np.ones((1, sample.num_requests)), np.ones((1, *sample.slices.shape[:2])))
+    return {name: float(value[0]) for name, value in values.items() if np.isfinite(value[0])}
 
 
 def replicates_of(sample: Sample, seed: int = _SEED) -> dict[str, Floats]:
@@ -121,8 +54,23 @@ def replicates_of(sample: Sample, seed: int = _SEED) -> dict[str, Floats]:
     random = np.random.default_rng(seed)
     least, most = _NUM_REPLICATES
     num_replicates = max(least, min(most, _MAX_DRAWS // sample.num_requests))
-    rows = [_measure(sample, *_draw(sample, random)) for _ in range(num_replicates)]
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    at_once = max(1, _MAX_DRAWS_AT_ONCE // sample.num_requests)
+    blocks = [
+        _measure(sample, *_draw(sample, random, min(at_once, num_replicates - done)))
+        for done in range(0, num_replicates, at_once)
+    ]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def stretched_replicates_of(sample: Sample, degrees_of_freedom: int, seed: int = _SEED) -> dict[str, Floats]:
+    """The same as far apart as so few repeats demand, of the metrics that the sample reaches."""
+    values = values_of(sample)
+    factor = stretch_factor(sample.num_repeats, degrees_of_freedom)
+    return {
+        name: stretched(replicates, values[name], factor, is_share=name in SHARES)
+        for name, replicates in replicates_of(sample, seed).items()
+        if name in values and sample.reaches(name)
+    }
 
 
 def interval_of(replicates: Floats) -> Interval | None:
@@ -139,76 +87,78 @@ def interval_of(replicates: Floats) -> Interval | None:
 
 def intervals_of(workload: Workload, outcomes: Sequence[Outcome]) -> dict[str, Interval]:
     """The intervals of the latencies and rates that were measured; a share has Wilson's, see goodput.py."""
-    replicates = replicates_of(sample_of(workload.slo, outcomes))
+    sample = sample_of(workload.slo, outcomes)
+    replicates = stretched_replicates_of(sample, sample.num_repeats - 1)
     found = {name: interval_of(values) for name, values in replicates.items() if name not in SHARES}
     return {name: interval for name, interval in found.items() if interval is not None}
 
 
-def weighted_percentile(values: Floats, cumulative: Floats, percent: float) -> float:
-    """numpy's default percentile of ascending `values`, the i-th there cumulative[i] - cumulative[i - 1] times."""
-    num_values = cumulative[-1] if cumulative.size else 0
-    if num_values == 0:
-        return np.nan
-    position = (num_values - 1) * percent / 100
+def weighted_percentile(values: Floats, cumulative: Floats, percent: float) -> Floats:
+    """numpy's default percentile of ascending `values` [num_values], once for each row of `cumulative`.
+
+    In row r the i-th value is there cumulative[r, i] - cumulative[r, i - 1] times; NaN for a row without any.
+    """
+    found = np.full(len(cumulative), np.nan)
+    if not values.size:
+        return found
+    rows = np.flatnonzero(cumulative[:, -1])
+    cumulative, count = cumulative[rows], cumulative[rows, -1]
+    # All rows are searched as one: each row's counts lie above those of the row before.
+    shift = np.arange(len(rows)) * (count.max(initial=0.0) + 1)
+    ascending = (cumulative + shift[:, None]).ravel()
+    position = (count - 1) * percent / 100
     below = np.floor(position)
-    low, high = values[np.searchsorted(cumulative, (below, min(below + 1, num_values - 1)), side="right")]
-    return float(low + (high - low) * (position - below))
+    low, high = (
+        values[np.searchsorted(ascending, place + shift, side="right") - np.arange(len(rows)) * values.size]
+        for place in (below, np.minimum(below + 1, count - 1))
+    )
+    found[rows] = low + (high - low) * (position - below)
+    return found
 
 
-def _measure(sample: Sample, weights: Floats, slice_weights: Floats) -> dict[str, float]:
-    """The metrics if every request [num_requests] and slice [num_repeats, _NUM_SLICES] were there `weight` times."""
+def _measure(sample: Sample, weights: Floats, slice_weights: Floats) -> dict[str, Floats]:
+    """Each metric if every request and slice were there `weight` times, once for each row of weights.
+
+    Weights are [num_rows, num_requests] and [num_rows, num_repeats, NUM_SLICES].
+    """
     values = {}
-    cumulative = {kind: np.cumsum(weights[ranked.indices]) for kind, ranked in sample.latencies.items()}
+    cumulative = {kind: np.cumsum(weights[:, ranked.indices], axis=1) for kind, ranked in sample.latencies.items()}
     for name, (kind, percent) in PERCENTILES.items():
         values[name] = weighted_percentile(sample.latencies[kind].values, cumulative[kind], percent)
-    seconds = float((slice_weights * sample.slice_seconds[:, None]).sum())
-    totals = (slice_weights[:, :, None] * sample.slices).sum(axis=(0, 1))
-    for name, total in zip(RATES, totals, strict=True):
-        values[name] = float(total) / seconds if seconds > 0 else np.nan
+    seconds = (slice_weights * sample.slice_seconds[:, None]).sum(axis=(1, 2))
+    for index, name in enumerate(RATES):
+        values[name] = _divided((slice_weights * sample.slices[:, :, index]).sum(axis=(1, 2)), seconds)
+    num_drawn = weights.sum(axis=1)
     for name, holds in sample.shares.items():
-        values[name] = float(weights[holds].sum() / weights.sum())  # no BLAS: its threads stall on a busy machine
+        values[name] = _divided(weights[:, holds].sum(axis=1), num_drawn)  # no BLAS: its threads stall a busy machine
     return values
 
 
-def _draw(sample: Sample, random: np.random.Generator) -> tuple[Floats, Floats]:
-    """How often each request and each slice is in one replicate."""
-    starts = (0, *sample.repeat_ends)
-    num_repeats = len(sample.repeat_ends)
-    chosen = random.integers(0, num_repeats, size=num_repeats)
-    drawn = [
-        random.integers(starts[repeat], starts[repeat + 1], starts[repeat + 1] - starts[repeat]) for repeat in chosen
-    ]
-    weights = np.bincount(np.concatenate(drawn), minlength=sample.num_requests).astype(np.float64)
-    slice_weights = np.zeros((num_repeats, _NUM_SLICES))
-    for repeat in chosen:
-        slice_weights[repeat] += np.bincount(random.integers(0, _NUM_SLICES, _NUM_SLICES), minlength=_NUM_SLICES)
-    return weights, slice_weights
+def _divided(numerators: Floats, denominators: Floats) -> Floats:
+    found = np.full(len(numerators), np.nan)
+    np.divide(numerators, denominators, out=found, where=denominators > 0)
+    return found
 
 
-def _ranked(values: Sequence[float | None]) -> Ranked:
-    indices = np.array([index for index, value in enumerate(values) if value is not None], dtype=np.int64)
-    present = np.array([value for value in values if value is not None], dtype=np.float64)
-    order = np.argsort(present, kind="stable")
-    return Ranked(indices[order], present[order])
+def _draw(sample: Sample, random: np.random.Generator, num_replicates: int) -> tuple[Floats, Floats]:
+    """How often each request and each slice is in each replicate, as `_measure` takes it."""
+    num_repeats = sample.num_repeats
+    chosen = random.integers(0, num_repeats, size=(num_replicates, num_repeats))
+    weights = _resampled(random, chosen, sample.repeat_ends)
+    slice_weights = _resampled(random, chosen, [NUM_SLICES * (repeat + 1) for repeat in range(num_repeats)])
+    return weights, slice_weights.reshape(num_replicates, num_repeats, NUM_SLICES)
 
 
-def _slices(outcome: Outcome) -> Floats:
-    """Output tokens and requests by slice of time, [_NUM_SLICES, 2].
+def _resampled(random: np.random.Generator, chosen: Integers, ends: Sequence[int]) -> Floats:
+    """How often each thing is drawn, [num_replicates, num_things].
 
-    Each request counts evenly over the time it was under way: streams in lockstep end in waves, and whether a wave
-    falls into a slice says nothing of the rate.
+    Of each chosen repeat [num_replicates, num_repeats], as many as it has, which are those before its end.
     """
-    good = [result for result in outcome.results if result.is_ok]
-    ended = np.array([result.finished_seconds for result in good], dtype=np.float64)[:, None]
-    began = np.array([result.started_seconds for result in good], dtype=np.float64)[:, None]
-    began = np.minimum(began, ended - _SHORTEST_SECONDS)
-    bounds = np.linspace(outcome.started_seconds, outcome.ended_seconds, _NUM_SLICES + 1)
-    bounds[0], bounds[-1] = -np.inf, np.inf  # so that nothing is lost to rounding at the ends
-    within = np.minimum(ended, bounds[1:]) - np.maximum(began, bounds[:-1])
-    shares = np.maximum(within, 0.0) / (ended - began)  # [num_requests, _NUM_SLICES]
-    num_tokens = np.array([result.num_output_tokens for result in good], dtype=np.float64)
-    return np.stack([(num_tokens[:, None] * shares).sum(axis=0), shares.sum(axis=0)], axis=1)
-
-
-def _elapsed_seconds(outcome: Outcome) -> float:
-    return outcome.ended_seconds - outcome.started_seconds
+    weights = np.zeros((len(chosen), ends[-1]))
+    for repeat, (start, end) in enumerate(pairwise((0, *ends))):
+        if size := end - start:
+            rows = np.nonzero(chosen == repeat)[0]
+            drawn = random.integers(0, size, size=(rows.size, size)) + rows[:, None] * size
+            counts = np.bincount(drawn.ravel(), minlength=len(chosen) * size)
+            weights[:, start:end] = counts.reshape(len(chosen), size)
+    return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,17 +11,8 @@ from typing import Protocol
 import numpy as np
 from msgspec.structs import replace
 
-from heddle_loadtest.measure.bootstrap import (
-    METRICS,
-    RATES,
-    SHARES,
-    Floats,
-    Interval,
-    interval_of,
-    replicates_of,
-    sample_of,
-    values_of,
-)
+from heddle_loadtest.measure.bootstrap import Interval, interval_of, stretched_replicates_of, values_of
+from heddle_loadtest.measure.sample import METRICS, RATES, SHARES, Floats, sample_of
 from heddle_loadtest.measure.validity import MIN_REPEATS, invalid_reasons
 from heddle_loadtest.run.outcome import Outcome
 from heddle_loadtest.workload.spec import Workload
@@ -109,17 +101,25 @@ class Comparison:
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """B beside A, metric by metric. The two are taken as independent of each other."""
+    """B beside A, metric by metric. The two are taken as independent of each other.
+
+    With a single repeat on either side no difference is shown, however large: nobody knows how runs differ.
+    """
     sample_a, sample_b = sample_of(a.workload.slo, a.outcomes), sample_of(b.workload.slo, b.outcomes)
     values_a, values_b = values_of(sample_a), values_of(sample_b)
-    draws_a, draws_b = replicates_of(sample_a, _SEED_A), replicates_of(sample_b, _SEED_B)
+    degrees_of_freedom = sample_a.num_repeats + sample_b.num_repeats - 2
+    draws_a = stretched_replicates_of(sample_a, degrees_of_freedom, _SEED_A)
+    draws_b = stretched_replicates_of(sample_b, degrees_of_freedom, _SEED_B)
+    changes = {
+        name: _change(name, values_a.get(name), values_b.get(name), draws_a.get(name), draws_b.get(name))
+        for name in METRICS
+    }
+    if min(sample_a.num_repeats, sample_b.num_repeats) < 2:
+        changes = {name: _unproven(change) for name, change in changes.items()}
     return Comparison(
         name_a=a.name,
         name_b=b.name,
-        metrics={
-            name: _change(name, values_a.get(name), values_b.get(name), draws_a.get(name), draws_b.get(name))
-            for name in METRICS
-        },
+        metrics=changes,
         warnings=_warnings(a, b),
     )
 
@@ -127,12 +127,18 @@ def compare(a: Run, b: Run) -> Comparison:
 def _change(
     metric: str, a: float | None, b: float | None, draws_a: Floats | None, draws_b: Floats | None
 ) -> MetricChange:
-    if a is None or b is None or draws_a is None or draws_b is None or (a == 0 and metric not in SHARES):
+    if a is None or b is None or (a == 0 and metric not in SHARES):
         return MetricChange(metric=metric, a=a, b=b, change=None, interval=None, verdict=Verdict.NOT_MEASURED)
-    num_draws = min(draws_a.size, draws_b.size)
-    interval = interval_of(_differences(metric, draws_a[:num_draws], draws_b[:num_draws]))
+    interval = None
+    if draws_a is not None and draws_b is not None:  # else there are too few values in one of the two
+        num_draws = min(draws_a.size, draws_b.size)
+        interval = interval_of(_differences(metric, draws_a[:num_draws], draws_b[:num_draws]))
     change = b - a if metric in SHARES else b / a - 1
     return MetricChange(metric=metric, a=a, b=b, change=change, interval=interval, verdict=_verdict(metric, interval))
+
+
+def _unproven(change: MetricChange) -> MetricChange:
+    return dataclasses.replace(change, verdict=Verdict.NO_DIFFERENCE_SHOWN) if change.is_significant else change
 
 
 def _differences(metric: str, draws_a: Floats, draws_b: Floats) -> Floats:
@@ -149,7 +155,7 @@ def _verdict(metric: str, interval: Interval | None) -> Verdict:
 
 
 def _warnings(a: Run, b: Run) -> tuple[str, ...]:
-    found = []
+    found: list[str] = []
     if _what_is_asked(a.workload) != _what_is_asked(b.workload):
         found.append("The two runs have different workloads: a difference may be the workload's.")
     if a.workload.slo != b.workload.slo:
@@ -158,12 +164,18 @@ def _warnings(a: Run, b: Run) -> tuple[str, ...]:
     if seeds_a != seeds_b:
         found.append(f"The two runs have different seeds, {seeds_a} and {seeds_b}: not the same schedules.")
     for letter, run in (("A", a), ("B", b)):
-        found += [f"{letter} is invalid: {reason}" for reason in invalid_reasons(run.workload, run.outcomes)]
-        if len(run.outcomes) < MIN_REPEATS:
-            found.append(f"{letter} has {len(run.outcomes)} of {MIN_REPEATS} repeats: its intervals are too narrow.")
+        found += [f"{letter} is invalid: {reason}" for reason in invalid_reasons(run.outcomes)]
+        if (num_repeats := len(run.outcomes)) < MIN_REPEATS:
+            found.append(f"{letter} has {num_repeats} of {MIN_REPEATS} repeats: {_what_so_few_show(num_repeats)}.")
         if any(outcome.was_interrupted for outcome in run.outcomes):
             found.append(f"{letter} was interrupted before its end.")
     return tuple(found)
+
+
+def _what_so_few_show(num_repeats: int) -> str:
+    if num_repeats < 2:
+        return "nobody knows how its runs differ, so that no difference is shown, however large"
+    return "only a large difference is shown"
 
 
 def _what_is_asked(workload: Workload) -> Workload:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from heddle_loadtest.errors import SpecError
-from heddle_loadtest.measure.bootstrap import METRICS, SHARES
 from heddle_loadtest.measure.compare import Comparison
+from heddle_loadtest.measure.sample import METRICS, SHARES
 
 _FIELD = "fail_if"
 _FORM = re.compile(r"(?P<metric>\w+)\s*(?P<side>[<>])\s*(?P<percent>[+-]?\d+(\.\d+)?)\s*%")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from heddle_loadtest.client.result import RequestResult
-
-_ABANDONED = "abandoned"  # the client's code, see RequestError
+from heddle_loadtest.client.result import ABANDONED, RequestResult
 
 
 class Ending(Enum):
@@ -21,4 +19,4 @@ def ending_of(result: RequestResult) -> Ending:
     """The ending of one request."""
     if result.error is None:
         return Ending.OK
-    return Ending.ABANDONED if result.error.code == _ABANDONED else Ending.FAILED
+    return Ending.ABANDONED if result.error.code == ABANDONED else Ending.FAILED

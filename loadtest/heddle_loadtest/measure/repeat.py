@@ -34,20 +34,19 @@ class RepeatNumbers:
 def repeat_numbers(workload: Workload, outcome: Outcome) -> RepeatNumbers:
     """The numbers of one repeat."""
     endings = [ending_of(result) for result in outcome.results]
-    elapsed_seconds = outcome.ended_seconds - outcome.started_seconds
     num_ok = endings.count(Ending.OK)
     num_tokens = sum(result.num_output_tokens for result in outcome.results if result.is_ok)
     return RepeatNumbers(
         seed=outcome.seed,
         started_at=outcome.started_at,
-        elapsed_seconds=elapsed_seconds,
+        elapsed_seconds=outcome.elapsed_seconds,
         was_interrupted=outcome.was_interrupted,
         num_ok=num_ok,
         num_failed=endings.count(Ending.FAILED),
         num_abandoned=endings.count(Ending.ABANDONED),
         offered_requests_per_second=None if has_closed_loop(workload) else _offered_requests_per_second(outcome),
-        requests_per_second=num_ok / elapsed_seconds if elapsed_seconds > 0 else 0.0,
-        output_tokens_per_second=num_tokens / elapsed_seconds if elapsed_seconds > 0 else 0.0,
+        requests_per_second=num_ok / outcome.elapsed_seconds if outcome.elapsed_seconds > 0 else 0.0,
+        output_tokens_per_second=num_tokens / outcome.elapsed_seconds if outcome.elapsed_seconds > 0 else 0.0,
         client_cpu_share=outcome.health.cpu_share,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from heddle_loadtest.client.result import RequestResult
 from heddle_loadtest.measure.distribution import Distribution
 from heddle_loadtest.measure.ending import Ending, ending_of
-from heddle_loadtest.measure.goodput import Goodput, goodput_of
+from heddle_loadtest.measure.goodput import Goodput, goodput_of, wilson_interval
 from heddle_loadtest.workload.spec import Slo
 
 
@@ -34,6 +34,11 @@ class Row:
         num_ended = self.num_ok + self.num_failed
         return self.num_failed / num_ended if num_ended else None
 
+    @property
+    def error_rate_interval(self) -> tuple[float, float]:
+        """95 %, Wilson's; 0 to 1 if no request ended."""
+        return wilson_interval(self.num_failed, self.num_ok + self.num_failed)
+
     def to_json(self) -> dict[str, object]:
         """The fields by name."""
         distributions = {
@@ -45,6 +50,8 @@ class Row:
         return {
             "num_ok": self.num_ok,
             "num_failed": self.num_failed,
+            "error_rate": None if self.error_rate is None else round(self.error_rate, 6),
+            "error_rate_interval": [round(bound, 6) for bound in self.error_rate_interval],
             "num_abandoned": self.num_abandoned,
             "num_output_tokens": self.num_output_tokens,
             "output_tokens_per_second": round(self.output_tokens_per_second, 3),

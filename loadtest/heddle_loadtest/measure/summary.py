@@ -14,6 +14,7 @@ import msgspec
 
 from heddle_loadtest.client.result import RequestResult
 from heddle_loadtest.measure.bootstrap import Interval, intervals_of
+from heddle_loadtest.measure.caveats import caveats_of
 from heddle_loadtest.measure.distribution import Distribution
 from heddle_loadtest.measure.ending import Ending, ending_of
 from heddle_loadtest.measure.fairness import Fairness, fairness_by_adapter, fairness_by_tenant
@@ -45,13 +46,14 @@ class Summary:
     fairness_over_adapters: Fairness | None  # None with fewer than two
     fairness_over_tenants: Fairness | None
     lag_seconds: Distribution | None  # how late the client sent, failed requests included
-    intervals: dict[str, Interval]  # 95 % by metric, see bootstrap.METRICS; only what was measured
+    intervals: dict[str, Interval]  # 95 % by metric, see sample.METRICS; only what was measured often enough
     uploads: UploadNumbers | None  # None where nothing was uploaded
     server: ServerNumbers | None  # what its /metrics say; None if nobody could scrape them
     errors: dict[str, int]  # code -> failed requests, most frequent first; together total.num_failed
     error_examples: dict[str, str]  # code -> the first message seen
     invalid_reasons: tuple[str, ...]  # sentences; empty: the client kept up, the figures are the target's
     unpublishable_reasons: tuple[str, ...]  # sentences; the invalid ones included
+    warnings: tuple[str, ...]  # sentences: what to know before using figures that are valid
 
     @property
     def is_valid(self) -> bool:
@@ -83,6 +85,7 @@ class Summary:
             "invalid_reasons": list(self.invalid_reasons),
             "is_publishable": self.is_publishable,
             "unpublishable_reasons": list(self.unpublishable_reasons),
+            "warnings": list(self.warnings),
             "was_interrupted": self.was_interrupted,
             "elapsed_seconds": round(self.elapsed_seconds, 6),
             "total": self.total.to_json(),
@@ -106,13 +109,14 @@ class Summary:
 def summarize(workload: Workload, outcomes: Sequence[Outcome]) -> Summary:
     """The summary of a run's repeats; of none at all it is empty and invalid."""
     results = [result for outcome in outcomes for result in outcome.results]
-    elapsed_seconds = sum(outcome.ended_seconds - outcome.started_seconds for outcome in outcomes)
+    elapsed_seconds = sum(outcome.elapsed_seconds for outcome in outcomes)
     by_adapter = _most_asked_first(_grouped(results, [result.adapter for result in results]))
     by_tenant = _grouped(results, [result.tenant for result in results]) if workload.tenants else {}
     shown = dict(list(by_adapter.items())[:MAX_ADAPTER_ROWS])
     rest = [result for group in list(by_adapter.values())[MAX_ADAPTER_ROWS:] for result in group]
     failures = [result.error for result in results if result.error is not None and ending_of(result) is Ending.FAILED]
-    invalid = invalid_reasons(workload, outcomes)
+    invalid = invalid_reasons(outcomes)
+    server = server_numbers(outcomes)
     return Summary(
         workload=workload,
         repeats=tuple(repeat_numbers(workload, outcome) for outcome in outcomes),
@@ -127,11 +131,12 @@ def summarize(workload: Workload, outcomes: Sequence[Outcome]) -> Summary:
         lag_seconds=Distribution.of(result.lag_seconds for result in results),
         intervals=intervals_of(workload, outcomes),
         uploads=upload_numbers(outcomes),
-        server=server_numbers(outcomes),
+        server=server,
         errors=dict(Counter(error.code for error in failures).most_common()),
         error_examples={error.code: error.message for error in reversed(failures)},
         invalid_reasons=invalid,
         unpublishable_reasons=unpublishable_reasons(outcomes, invalid),
+        warnings=caveats_of(workload, outcomes, server),
     )
 
 

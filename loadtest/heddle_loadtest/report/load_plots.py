@@ -18,13 +18,13 @@ _MAX_BINS = 80
 
 def draw_throughput(outcomes: Sequence[Outcome]) -> Figure | None:
     """Output tokens a second, requests a second, requests in flight; every repeat a line, the first one strong."""
-    measured = [outcome for outcome in outcomes if outcome.results and _elapsed_seconds(outcome) > 0]
+    measured = [outcome for outcome in outcomes if outcome.results and outcome.elapsed_seconds > 0]
     if not measured:
         return None
     figure, (tokens, requests, flight) = canvas.new_figure(3, row_inches=2.0)
     for index, outcome in reversed(list(enumerate(measured))):
         strength: dict[str, Any] = {"linewidth": 1.8} if index == 0 else {"linewidth": 0.8, "alpha": 0.4}
-        edges = bin_edges(_elapsed_seconds(outcome))
+        edges = bin_edges(outcome.elapsed_seconds)
         names = {"done": "answered", "due": "due"} if index == 0 else {"done": None, "due": None}
         tokens.stairs(tokens_per_second(outcome, edges), edges, color=canvas.BLUE, **strength)
         requests.stairs(due_per_second(outcome, edges), edges, color=canvas.GREY, label=names["due"], **strength)
@@ -118,7 +118,3 @@ def _rates(times: Sequence[float], edges: Sequence[float], weights: Sequence[flo
 
     counts, _ = numpy.histogram(numpy.clip(times, edges[0], edges[-1]), bins=edges, weights=weights)
     return counts / numpy.diff(edges)
-
-
-def _elapsed_seconds(outcome: Outcome) -> float:
-    return outcome.ended_seconds - outcome.started_seconds

@@ -78,6 +78,7 @@ def _head(run: StoredRun) -> Iterator[str]:
     for line in _about_run(run):
         yield f'<p class="soft">{escape(line)}</p>'
     yield _verdict(run.summary)
+    yield from _warnings(run.summary)
     yield "</header>"
 
 
@@ -117,15 +118,30 @@ def _verdict(summary: Json) -> str:
     return f'<div class="verdict {kind}" role="note"><strong>{text}</strong>{listed}</div>'
 
 
+def _warnings(summary: Json) -> Iterator[str]:
+    if summary["warnings"]:
+        items = "".join(f"<li>{escape(warning)}</li>" for warning in summary["warnings"])
+        yield f'<div class="verdict doubt" role="note"><strong>To know beforehand.</strong><ul>{items}</ul></div>'
+
+
 def _cards(summary: Json) -> str:
     cards = "\n".join(
         f'<div><dt>{escape(name)}</dt><dd class="value">{escape(value)} <span class="unit">{escape(unit)}</span></dd>'
         f'<dd class="interval">{escape(interval)}</dd></div>'
         for name, value, unit, interval in _headline_numbers(summary)
     )
+    return f'<dl class="cards">\n{cards}\n</dl>\n<p class="note">{escape(_about_intervals(summary))}</p>'
+
+
+def _about_intervals(summary: Json) -> str:
+    """How to read what stands below the cards."""
+    if len(summary["repeats"]) > 1:
+        of_repeats = "over repeats and, within them, over requests and slices of time, widened as so few repeats demand"
+    else:
+        of_repeats = "over requests and slices of time; from a single repeat, it knows nothing of how runs differ"
     return (
-        f'<dl class="cards">\n{cards}\n</dl>\n<p class="note">Intervals are 95 %: bootstrap over repeats and, within '
-        "them, over requests and slices of time.</p>"
+        f"Intervals are 95 %. Of latencies and rates: bootstrap {of_repeats}. "
+        "Of shares of requests: Wilson's, which takes each request as independent of the others."
     )
 
 
@@ -149,7 +165,7 @@ def _headline_numbers(summary: Json) -> Iterator[tuple[str, str, str, str]]:
         interval = numbers.percent_between(goodput["share_interval"])
         yield f"Goodput: {slo_text(summary['slo'])}", percent(goodput["share"]), "", interval
     ended = total["num_ok"] + total["num_failed"]
-    failed = numbers.percent_between(intervals.get("error_rate"))
+    failed = numbers.percent_between(total["error_rate_interval"] if ended else None)
     yield "Failed", f"{total['num_failed']:,}", f"of {numbers.of_many(ended, 'request')}", failed
 
 

@@ -247,11 +247,15 @@ def _goodput(goodput: Json, slo: Json) -> str:
 
 def _fairness(fairness: Json, noun: str) -> str:
     slowest, fastest = fairness["slowest"], fairness["fastest"]
+    extremes = (
+        f"; slowest {slowest['name']} ({amount(slowest['relative_speed'])} of the run's average speed), "
+        f"fastest {fastest['name']} ({amount(fastest['relative_speed'])})"
+        if slowest and fastest
+        else ""
+    )
     return (
         f"Fairness over {fairness['count']:,} {noun} (Jain, 1 is even): "
-        f"answered {_index(fairness['answered'])}, speed {_index(fairness['speed'])}; "
-        f"slowest {slowest['name']} ({amount(slowest['tokens_per_second'])} tokens/s), "
-        f"fastest {fastest['name']} ({amount(fastest['tokens_per_second'])} tokens/s)."
+        f"answered {_index(fairness['answered'])}, speed {_index(fairness['speed'])}{extremes}."
     )
 
 

@@ -7,18 +7,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from heddle_loadtest.errors import printable
 from heddle_loadtest.measure.summary import Summary
 from heddle_loadtest.report.sheets import Sheet, headline, sentences_of, sheets_of
 
+_LONG_PARTS = ("adapters", "other_adapters", "tenants", "temperature")  # in summary.json, and with --json-only
 _MAX_ROWS = 12  # of adapters; the page and the JSON line have more
 _MAX_CHARACTERS = 400  # of a cell or sentence
 
 
 def print_summary(summary: Summary, *, json_only: bool = False) -> None:
-    """Prints the tables, unless `json_only`, and the JSON line, which is always the last line."""
+    """Prints the tables, unless `json_only`, and the JSON line, which is always the last line.
+
+    Below tables the line has no single adapters: rows of fifty would push the tables off the screen.
+    """
+    document = summary.to_json()
     if not json_only:
         print_tables(summary, Console())
-    print(json.dumps(summary.to_json()), flush=True)
+        document = {name: value for name, value in document.items() if name not in _LONG_PARTS}
+    print(json.dumps(document), flush=True)
 
 
 def print_tables(summary: Summary, console: Console) -> None:
@@ -33,6 +40,8 @@ def print_tables(summary: Summary, console: Console) -> None:
             console.print(Text(f"  {sheet.note}\n", style="dim"))
     for sentence in sentences_of(document):
         console.print(Text(_printable(sentence)))
+    for warning in summary.warnings:
+        console.print(Text(f"Note: {_printable(warning)}", style="yellow"))
     for reason in summary.unpublishable_reasons:
         if reason not in summary.invalid_reasons:
             console.print(Text(f"Not for publication: {reason}", style="yellow"))
@@ -52,7 +61,5 @@ def _table(sheet: Sheet) -> Table:
 
 
 def _printable(text: str) -> str:
-    """Names and messages come from the target: none may steer the terminal, nor fill it with a whole error page."""
-    if len(text) > _MAX_CHARACTERS:
-        text = text[: _MAX_CHARACTERS - 1] + "…"
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+    """Not a whole error page either."""
+    return printable(text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…")

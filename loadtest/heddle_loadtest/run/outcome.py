@@ -1,4 +1,4 @@
-"""What one pass over a schedule came to, as raw data. Computes nothing."""
+"""What one pass over a schedule came to, as raw data. Knows no figures but how long it took."""
 
 from __future__ import annotations
 
@@ -45,3 +45,8 @@ class Outcome(Struct, frozen=True, kw_only=True):
     uploads: tuple[UploadResult, ...] = ()
     scrapes: tuple[Scrape, ...] = ()  # first before the first request, last after the last; empty where there are none
     health: ClientHealth
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """From the schedule's time 0 to the end of the last measured request."""
+        return self.ended_seconds - self.started_seconds

@@ -18,6 +18,7 @@ from heddle_loadtest.workload.spec import (
     Trace,
     Workload,
 )
+from heddle_loadtest.workload.tenants import part_field, split_tenants
 
 
 def mean_rate(workload: Workload) -> float:
@@ -25,8 +26,8 @@ def mean_rate(workload: Workload) -> float:
 
     Raises SpecError for a closed loop and for a trace, whose rates are not in the spec.
     """
-    parts = [tenant.arrivals or workload.arrivals for tenant in workload.tenants.values()]
-    return sum(_mean_rate(arrivals) for arrivals in parts or [workload.arrivals])
+    tenants = split_tenants(workload)
+    return sum(_mean_rate(part.arrivals, part_field(workload, name, "arrivals")) for name, part in tenants.items())
 
 
 def at_rate(workload: Workload, rate: float) -> Workload:
@@ -44,7 +45,7 @@ def at_rate(workload: Workload, rate: float) -> Workload:
     return replace(workload, arrivals=_scaled(workload.arrivals, factor), tenants=tenants)
 
 
-def _mean_rate(arrivals: Arrivals) -> float:
+def _mean_rate(arrivals: Arrivals, field: str) -> float:
     match arrivals:
         case Constant(rate=rate) | Poisson(rate=rate) | Gamma(rate=rate) | Diurnal(rate=rate):
             return rate
@@ -55,7 +56,7 @@ def _mean_rate(arrivals: Arrivals) -> float:
             return (arrivals.rate_from + arrivals.rate_to) / 2
         case Closed() | Trace():
             problem = f"is {_kind(arrivals)!r}, which has no rate to change"
-            raise SpecError("arrivals.kind", None, problem, "Use one with a rate, for example poisson")
+            raise SpecError(f"{field}.kind", None, problem, "Use one with a rate, for example poisson")
 
 
 def _scaled(arrivals: Arrivals, factor: float) -> Arrivals:

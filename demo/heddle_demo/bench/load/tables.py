@@ -13,7 +13,7 @@ from heddle_demo.bench.load.servers import BASELINES, HEDDLE
 from heddle_demo.bench.load.slora_table import POPULARITIES, SIZES
 from heddle_demo.bench.load.sweep_table import WINDOW_SECONDS
 
-BOOTSTRAP = "95 % bootstrap intervals over rounds and requests"
+BOOTSTRAP = "95 % bootstrap intervals over rounds and requests, widened for so few rounds"
 WILSON = "95 % Wilson intervals"
 TITLES = {
     "peft-mixed": "PEFT, mixed batches",
@@ -77,14 +77,13 @@ def slora(folder: Path) -> str:
 
 
 def cold(folder: Path) -> str:
-    """Latencies by where requests found their adapters, beside all of them resident."""
+    """Latencies by where requests found their adapters."""
     cells = {place: CellNumbers.read(folder / place) for place in PLACES}
-    resident = cells["device"]
     rows = [
         [
             place,
             " / ".join(_percent(cell.hit_share(tier)) for tier in PLACES),
-            *(_latency_over(cell, resident, name) for name in ("ttft", "tpot", "end_to_end")),
+            *(cell.with_interval(metric, scale=1000) for metric in ("ttft_p50", "tpot_p50", "e2e_p50")),
             _marked(cell, _ms(cell.latency_ms("ttft", "p99"))),
         ]
         for place, cell in cells.items()
@@ -97,9 +96,7 @@ def cold(folder: Path) -> str:
         "end to end p50 ms",
         "TTFT p99 ms",
     ]
-    return _table(headings, rows) + _provenance(
-        folder / "device", "differences are those of the medians over all rounds"
-    )
+    return _table(headings, rows) + _provenance(folder / "device", BOOTSTRAP)
 
 
 def sweep(folder: Path) -> str:
@@ -136,14 +133,10 @@ def sweep(folder: Path) -> str:
     ]
     level = (
         f"Capacity, in a closed loop of 128 streams: {capacity.with_interval('requests_per_second')} requests/s. The "
-        f"level: first token within {slo['ttft_seconds'] * 1000:.0f} ms and {slo['tpot_seconds'] * 1000:.0f} ms a "
-        "token, five times what a single stream sees.\n\n"
+        f"level: first token within {slo['ttft_seconds']:g} s, and {slo['tpot_seconds'] * 1000:.0f} ms a token.\n\n"
     )
-    return (
-        level
-        + _table(headings, rows)
-        + _provenance(folder / "capacity", f"windows of {WINDOW_SECONDS:.0f} s; {WILSON}")
-    )
+    source = _provenance(folder / "capacity", f"then windows of {WINDOW_SECONDS:.0f} s; {WILSON}")
+    return level + _table(headings, rows) + source
 
 
 TABLES: dict[str, Callable[[Path], str]] = {"punica": punica, "slora": slora, "cold": cold, "sweep": sweep}
@@ -178,13 +171,6 @@ def _ratio_by_rounds(ours: CellNumbers, other: CellNumbers) -> str:
     pairs = zip(ours.rates("output_tokens_per_second"), other.rates("output_tokens_per_second"), strict=True)
     ratios = [mine / theirs for mine, theirs in pairs]
     return f"{median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
-
-
-def _latency_over(cell: CellNumbers, resident: CellNumbers, name: str) -> str:
-    value, baseline = cell.latency_ms(name, "p50"), resident.latency_ms(name, "p50")
-    if value is None or not baseline:
-        return "-"
-    return f"{value:,.1f}" if cell is resident else f"{value:,.1f} ({value / baseline - 1:+.0%})"
 
 
 def _marked(cell: CellNumbers, text: str) -> str:
