@@ -19,8 +19,8 @@ from heddle_loadtest.workload.spec_file import load_workload
 SPEC = "slora-table3"
 SIZES = (5, 100, 1000, 2000)
 POPULARITIES = ("", "-power03")  # as in the paper, which is uniform; and truly skewed
-RATE = 60.0  # requests per second: above what this serves, as in the paper
-NUM_REQUESTS = 300
+RATE = 150.0  # requests per second: above what this serves, as in the paper
+NUM_REQUESTS = 600
 NUM_POOL_ADAPTERS = 128  # that fit into the pool, of mean size
 NUM_HOST_ADAPTERS = 512  # and into host memory; the others lie on disk
 
