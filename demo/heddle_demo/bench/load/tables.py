@@ -131,9 +131,10 @@ def sweep(folder: Path) -> str:
         "TTFT p50 / p99 ms",
         "per token p50 ms",
     ]
+    rate = _marked(capacity, capacity.with_interval("requests_per_second"))
     level = (
-        f"Capacity, in a closed loop of 128 streams: {capacity.with_interval('requests_per_second')} requests/s. The "
-        f"level: first token within {slo['ttft_seconds']:g} s, and {slo['tpot_seconds'] * 1000:.0f} ms a token.\n\n"
+        f"Capacity, in a closed loop of 128 streams: {rate} requests/s. The level: first token within "
+        f"{slo['ttft_seconds']:g} s, and {slo['tpot_seconds'] * 1000:.0f} ms a token.\n\n"
     )
     source = _provenance(folder / "capacity", f"then windows of {WINDOW_SECONDS:.0f} s; {WILSON}")
     return level + _table(headings, rows) + source
