@@ -19,7 +19,7 @@ from heddle_loadtest.workload.spec_file import load_workload
 
 SPEC = "toppings-cold"
 RATES = {DEMO: 8.0, "qwen2.5-0.5b": 2.0}  # requests per second: well below what saturates
-NUM_TIGHT_ADAPTERS = 4  # of 64 that the tight pools hold, beside keys and values
+NUM_TIGHT_ADAPTERS = 16  # of 64 that the tight pools hold: enough for all in flight, too few to be asked for again
 NUM_KV_TOKENS = 1024  # for all requests in flight
 NUM_ROOMY_ADAPTERS = 256  # far more than there are: cached prefixes take room as well
 PLACES = ("device", "host", "disk")  # where a request finds its adapter
