@@ -19,6 +19,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from heddle_demo.bench.shapes import SHAPES
+from heddle_demo.bench.word_tokenizer import write_word_tokenizer
 from heddle_demo.data import ADAPTERS_DIR, BASE_DIR
 from heddle_loadtest.baseline.adapter_folders import check_adapters, find_adapters
 from heddle_loadtest.baseline.api import Api
@@ -29,7 +31,9 @@ from heddle_loadtest.baseline.request import GenerationRequest
 from heddle_loadtest.baseline.server import start_batcher, what_is_served
 from heddle_loadtest.baseline.settings import BaselineKind, BaselineSettings, Quantization
 from heddle_loadtest.baseline.static_batches import one_adapter, static_batches
+from heddle_loadtest.baseline.token_text import TokenText, chat_tokens, load_tokenizer
 from heddle_loadtest.errors import SpecError
+from heddle_loadtest.workload.prompts import WORDS
 
 NAMES = ("french", "json", "pirate", "polite", "reversed", "short")
 ALL_SECONDS = 30.0  # a batch waits for as many requests as it may have: which ones are in it is no matter of speed
@@ -76,6 +80,7 @@ async def serving(
     runner: PeftRunner,
     *,
     has_tokenizer: bool = False,
+    tokenizer: Any = None,
     max_wait_seconds: float = 0.0,
     max_batch: int = 16,
     batcher: Batcher | None = None,
@@ -86,7 +91,7 @@ async def serving(
     )
     served = what_is_served(settings, runner)
     if not has_tokenizer:
-        served = replace(served, tokenizer=None)
+        served = replace(served, tokenizer=tokenizer)
     batcher = batcher or start_batcher(settings, runner)
     try:
         async with TestClient(TestServer(Api(served, batcher).application(), handler_cancellation=True)) as client:
@@ -448,3 +453,25 @@ def test_peft_itself_cannot_mix_what_is_refused() -> None:
         with pytest.raises(ValueError, match="combine adapters with different peft types"):
             vectors.load_adapter(ADAPTERS_DIR / "json", adapter_name="json")
     assert not torch.allclose(named, of_base, atol=0.1), "it names the base and gets the adapter"
+
+
+def test_a_tokenizer_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    """transformers' own class for a Qwen2 makes no token at all of words that are no byte pairs."""
+    SHAPES["tiny"].write_config(tmp_path)
+    write_word_tokenizer(tmp_path, SHAPES["tiny"].vocabulary_size)
+    tokenizer = load_tokenizer(tmp_path)
+    words = WORDS[:5]
+    assert chat_tokens(tokenizer, [{"role": "user", "content": " ".join(words)}]) == [3, 4, 5, 6, 7]
+    text = TokenText(tokenizer)
+    assert [text.piece(token).strip() for token in (3, 4)] == list(words[:2])
+
+
+def test_a_prompt_without_tokens_is_refused(runner: PeftRunner, tmp_path: Path) -> None:
+    write_word_tokenizer(tmp_path, SHAPES["tiny"].vocabulary_size)
+
+    async def scenario() -> None:
+        async with serving(BaselineKind.PEFT_MIXED, runner, tokenizer=load_tokenizer(tmp_path)) as client:
+            response = await client.post("/v1/completions", json={"prompt": "  ", "max_tokens": 2})
+            assert (response.status, (await response.json())["error"]["code"]) == (400, "empty_prompt")
+
+    run(scenario())

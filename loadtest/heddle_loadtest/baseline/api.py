@@ -78,6 +78,8 @@ class Api:
 
     def _generation(self, body: Body, adapter: str | None, prompt: list[int]) -> GenerationRequest:
         limit, vocabulary = self._served.context_length, self._served.vocabulary_size
+        if not prompt:
+            raise ApiError(400, "empty_prompt", "the prompt has no tokens", "prompt")
         num_tokens = len(prompt) + body.num_new_tokens
         if num_tokens > limit:
             message = f"prompt and answer may come to {num_tokens} tokens, and {limit} is the most"

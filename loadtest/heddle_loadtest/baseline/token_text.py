@@ -47,14 +47,16 @@ class TokenText:
 def load_tokenizer(base: Path) -> Any:
     """transformers' tokenizer, or None where the folder has none: prompts of token ids need none.
 
-    Raises SpecError if it cannot be loaded.
+    A tokenizer.json is taken as it is. AutoTokenizer would take a class of the model's family, and Qwen2's makes no
+    token at all of a file that is not of its own kind. Raises SpecError if it cannot be loaded.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not any((base / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(base, local_files_only=True)
+        kind = PreTrainedTokenizerFast if (base / "tokenizer.json").exists() else AutoTokenizer
+        return kind.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         problem = f"transformers cannot load its tokenizer: {error}"
         raise SpecError("base", base, problem, "Repair it, or take its files away to ask by token ids") from error

@@ -43,7 +43,7 @@ class Cell:
 
 
 async def measure_in_turn(cells: Sequence[Cell], num_rounds: int, say: Say) -> list[Summary]:
-    """The summaries of the cells, in their order. Raises BenchFailed if one of them had no answer at all."""
+    """The summaries of the cells, in their order. Raises BenchFailed as soon as one gets no answer at all."""
     runs = [_Run(cell, first_seed) for cell, first_seed in zip(cells, _first_seeds(cells), strict=True)]
     for number in range(num_rounds):
         for run in runs if number % 2 == 0 else reversed(runs):
@@ -78,12 +78,13 @@ class _Run:
             self.cell.workload, target, RunSettings(seed=self._first_seed + number), repeat, on_checked=self._describe
         )
         self._outcomes.extend(experiment.outcomes)
+        errors = [result.error for outcome in experiment.outcomes for result in outcome.results]
+        if all(errors):
+            raise BenchFailed(f"{self.cell.name}: not one request was answered: {errors[0]}")
 
     def finish(self) -> Summary:
         summary = summarize(self.cell.workload, self._outcomes)
         self._folder.write_summary(summary)
-        if summary.total.num_ok == 0:
-            raise BenchFailed(f"{self.cell.name}: not one request was answered: {summary.error_examples}")
         return summary
 
     def _describe(self, workload: Workload, checked: CheckedTarget) -> None:
