@@ -70,7 +70,7 @@ async def run_schedule(
                 ended_seconds = time.perf_counter()
         finally:
             scraping.cancel()
-        await scraper.take()
+        await scraper.take_last()
     return Outcome(
         seed=seed,
         started_at=started_at.isoformat(timespec="milliseconds"),

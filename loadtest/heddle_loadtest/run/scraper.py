@@ -11,10 +11,11 @@ from heddle_loadtest.client.server_pages import ServerPages
 from heddle_loadtest.run.outcome import Scrape
 
 _INTERVAL_SECONDS = 1.0
+_SETTLE_SECONDS = 0.5
 
 
 class Scraper:
-    """Asks once a second between `take` before the first request and `take` after the last one.
+    """Asks once a second between `take` before the first request and `take_last` after the last one.
 
     Only the texts are kept while requests are under way: parsing one can take longer than the client may stall.
     """
@@ -29,6 +30,12 @@ class Scraper:
         if text is not None:
             self._texts.append((time.perf_counter(), text))
         return text is not None
+
+    async def take_last(self) -> None:
+        """After the last answer. A target counts a request when it has tidied up, a moment after the answer's end."""
+        if self._texts:
+            await asyncio.sleep(_SETTLE_SECONDS)
+            await self.take()
 
     async def keep_taking(self) -> None:
         """Until it is cancelled; at once over if the target had none before."""
