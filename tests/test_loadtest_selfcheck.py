@@ -181,7 +181,7 @@ def test_many_streams_are_counted_and_timed() -> None:
 
 def test_where_it_breaks_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(num_streams: int, seconds: float) -> StreamsReport:
-        return msgspec.structs.replace(made_up_report(), num_streams=num_streams, lag_p99_seconds=num_streams * 1e-5)
+        return made_up_report(num_streams, lag_p99_seconds=num_streams * 1e-5)
 
     monkeypatch.setattr(many_streams, "run_streams", run)
     assert [(report.num_streams, report.is_ok) for report in find_limit(400)] == [(400, True)]
@@ -190,13 +190,18 @@ def test_where_it_breaks_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [report.is_ok for report in find_limit(4000)] == [False] * 4
 
 
-def made_up_report() -> StreamsReport:
+def test_fewer_streams_than_asked_for_prove_nothing() -> None:
+    assert made_up_report(100).is_ok
+    assert not msgspec.structs.replace(made_up_report(100), max_in_flight=80).is_ok
+
+
+def made_up_report(num_streams: int, lag_p99_seconds: float = 0.0) -> StreamsReport:
     return StreamsReport(
-        num_streams=1,
-        max_in_flight=1,
-        num_requests=1,
+        num_streams=num_streams,
+        max_in_flight=num_streams,
+        num_requests=num_streams,
         num_failed=0,
-        lag_p99_seconds=0.0,
+        lag_p99_seconds=lag_p99_seconds,
         loop_lag_p99_seconds=0.0,
         cpu_share=0.1,
         core_wait_share=None,
@@ -235,8 +240,7 @@ def test_the_command_says_so_in_its_exit_code_and_last_line(monkeypatch: pytest.
 
 
 def test_the_command_says_where_streams_break(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = msgspec.structs.replace(made_up_report(), num_streams=750)
-    bad = msgspec.structs.replace(good, num_streams=1000, lag_p99_seconds=0.02)
+    good, bad = made_up_report(750), made_up_report(1000, lag_p99_seconds=0.02)
     monkeypatch.setattr(many_streams, "find_limit", lambda number, seconds, on_load: (bad, good))
     code, lines = invoke("--streams", "1000")
     assert code == 1
