@@ -16,10 +16,10 @@ from heddle_loadtest.commands.specs import specs
 from heddle_loadtest.workload.draw import draw_schedule, with_listed
 from heddle_loadtest.workload.schedule import Schedule, read_schedule
 from heddle_loadtest.workload.spec import Workload
-from heddle_loadtest.workload.spec_file import dump_workload, list_ready_made, load_workload, variants_of
+from heddle_loadtest.workload.spec_file import dump_workload, list_ready_made, load_workload
 
 READY_MADE = ("chameleon", "dlora-skew", "punica-fig11", "slora-table3", "smoke", "toppings-cold")
-ALL = [(name, variant) for name in READY_MADE for variant in (None, *variants_of(name))]
+ALL = [(name, variant) for name in READY_MADE for variant in (None, *load_workload(name).variants)]
 
 app = typer.Typer(rich_markup_mode=None)
 app.command()(plan)
@@ -55,7 +55,9 @@ def test_each_loads_draws_and_writes_back(tmp_path: Path, name: str, variant: st
 
 
 def test_punicas_four_mixes() -> None:
-    num_asked = {variant: len(draw("punica-fig11", variant).adapters) for variant in variants_of("punica-fig11")}
+    num_asked = {
+        variant: len(draw("punica-fig11", variant).adapters) for variant in load_workload("punica-fig11").variants
+    }
     assert num_asked == {"distinct": 64, "uniform": 8, "skewed": 11, "identical": 1, "base": 1}
     assert draw("punica-fig11", "base").adapters == ("base",)
     assert draw("punica-fig11", "distinct").streams == {"": 32}
@@ -147,7 +149,7 @@ def test_specs_lists_all_and_prints_one(tmp_path: Path) -> None:
     listed = run("specs")
     for name in READY_MADE:
         assert name in listed
-        assert all(variant in listed for variant in variants_of(name))
+        assert all(variant in listed for variant in load_workload(name).variants)
     path = tmp_path / "mine.yaml"
     path.write_text(run("specs", "punica-fig11"))
     assert load_workload(str(path)) == load_workload("punica-fig11")

@@ -19,7 +19,7 @@ import msgspec
 
 from heddle_loadtest.client.answer import StreamedAnswer, read_error_body
 from heddle_loadtest.client.body import CHAT_PATH, STREAM_FIELDS, request_body, request_path
-from heddle_loadtest.client.result import ABANDONED, CLIENT_LIMIT, RequestError, RequestResult
+from heddle_loadtest.client.result import ABANDONED, CLIENT_LIMIT, RequestError, RequestResult, describe
 from heddle_loadtest.client.server_pages import ServerPages
 from heddle_loadtest.client.sse import SseParser
 from heddle_loadtest.client.style import Style
@@ -194,11 +194,11 @@ async def _receive(response: aiohttp.ClientResponse, answer: StreamedAnswer) -> 
 def _explain(error: Exception, http_status: int | None) -> RequestError:
     """What a failed connection shows as in the results."""
     if isinstance(error, TimeoutError):
-        return RequestError("timeout", _describe(error))
+        return RequestError("timeout", describe(error))
     if isinstance(error, OSError) and error.errno in _CLIENT_LIMITS:
-        return RequestError(CLIENT_LIMIT, _describe(error))
+        return RequestError(CLIENT_LIMIT, describe(error))
     if isinstance(error, aiohttp.ClientError):
-        return RequestError("connection_failed" if http_status is None else "connection_lost", _describe(error))
+        return RequestError("connection_failed" if http_status is None else "connection_lost", describe(error))
     return RequestError("unreadable", f"{type(error).__name__}: {error}")
 
 
@@ -237,7 +237,3 @@ def _result(
         server=answer.server,
         error=answer.error,
     )
-
-
-def _describe(error: Exception) -> str:
-    return str(error) or type(error).__name__

@@ -86,3 +86,8 @@ class RequestResult(Struct, frozen=True, kw_only=True):
     def inter_token_seconds(self) -> tuple[float, ...]:
         """The gaps between chunks with content: the stutter that the mean time per token hides."""
         return tuple(later - earlier for earlier, later in pairwise(self.chunk_seconds))
+
+
+def describe(error: Exception) -> str:
+    """What an exception says; its name where it says nothing, as timeouts do."""
+    return str(error) or type(error).__name__

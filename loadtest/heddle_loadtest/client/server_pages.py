@@ -12,7 +12,7 @@ from urllib.parse import quote
 import aiohttp
 
 from heddle_loadtest.client.answer import read_error_body
-from heddle_loadtest.client.result import RequestError
+from heddle_loadtest.client.result import RequestError, describe
 from heddle_loadtest.client.target import Target
 from heddle_loadtest.errors import TargetError
 
@@ -67,11 +67,11 @@ class ServerPages:
                     body = (await response.read()).decode("utf-8", "replace")
                     return response.status, None if response.ok else read_error_body(response.status, body)
         except TimeoutError as error:
-            return None, RequestError("timeout", _describe(error))
+            return None, RequestError("timeout", describe(error))
         except aiohttp.ClientError as error:
-            return None, RequestError("connection_failed", _describe(error))
+            return None, RequestError("connection_failed", describe(error))
         except OSError as error:
-            return None, RequestError("unreadable_file", _describe(error))
+            return None, RequestError("unreadable_file", describe(error))
 
     async def delete(self, adapter: str) -> bool:
         """Takes an adapter away again; whether it was done."""
@@ -97,7 +97,7 @@ class ServerPages:
             raise self._is_another(f"GET {path} answers {problem}") from None
         except (TimeoutError, aiohttp.ClientError) as error:
             remedy = "Start the server, or correct the address"
-            raise TargetError("target", url, f"no answer from there ({_describe(error)})", remedy) from error
+            raise TargetError("target", url, f"no answer from there ({describe(error)})", remedy) from error
 
     def _is_another(self, problem: str) -> TargetError:
         remedy = "Point it at an OpenAI-compatible server, for example http://127.0.0.1:8000, of the style you give"
@@ -123,7 +123,3 @@ def _read_each(entries: object, key: str) -> tuple[str, ...]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and key in entry for entry in entries):
         raise ValueError("no list")
     return tuple(str(entry[key]) for entry in entries)
-
-
-def _describe(error: Exception) -> str:
-    return str(error) or type(error).__name__

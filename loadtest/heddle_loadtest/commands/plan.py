@@ -10,7 +10,6 @@ import typer
 
 from heddle_loadtest.client.style import Style
 from heddle_loadtest.errors import LoadTestError, SpecError
-from heddle_loadtest.workload.names import BASE
 
 if TYPE_CHECKING:
     from heddle_loadtest.workload.schedule import Schedule, ScheduledRequest
@@ -37,20 +36,14 @@ def plan(
     try:
         workload = load_workload(spec, variant=variant, overrides=set or ())
         schedule = draw_schedule(workload, seed, folder=folder_of(spec))
-        _check_names(schedule, style)
+        for name in schedule.adapters:  # so that nothing is written for names that the style cannot write
+            style.adapter_fields(name, model)
         _write(schedule, style, model, out)
     except LoadTestError as error:
         typer.echo(f"error: {error.describe(_OPTION_NAMES.get(error.field, error.field))}", err=True)
         raise typer.Exit(2) from None
     _print(workload.name, schedule)
     typer.echo(json.dumps({"workload": workload.name, "seed": seed, "out": str(out)} | _figures(schedule.requests)))
-
-
-def _check_names(schedule: Schedule, style: Style) -> None:
-    for name in schedule.adapters if style is Style.LLAMACPP else ():
-        if not (name == BASE or name.isdecimal()):
-            remedy = "Number them: --set 'adapters.name=\"{index}\"'"
-            raise SpecError("adapters", name, "is no number, which is what llama.cpp calls its adapters", remedy)
 
 
 def _write(schedule: Schedule, style: Style, model: str | None, folder: Path) -> None:

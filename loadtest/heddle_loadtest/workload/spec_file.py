@@ -46,11 +46,6 @@ def list_ready_made() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _READY_MADE.glob("*.yaml")))
 
 
-def variants_of(source: str) -> tuple[str, ...]:
-    """The variants that a workload has."""
-    return tuple(load_workload(source).variants)
-
-
 def folder_of(source: str) -> Path:
     """What a workload's trace files are relative to: the folder of its own file."""
     return _path_of(source).parent
