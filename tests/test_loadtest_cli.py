@@ -123,8 +123,10 @@ def test_interrupt_stops_and_still_reports(server: FakeOpenAIServer) -> None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr) == (0, "")
+    assert stderr == ""
     document = last_line(stdout)
+    # 3: a machine too busy for figures to be the target's, which is not what this is about.
+    assert process.returncode == (0 if document["is_valid"] else 3)
     assert document["was_interrupted"] is True
     assert document["total"]["num_ok"] >= 1
     assert document["total"]["num_failed"] == 0
