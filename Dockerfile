@@ -1,6 +1,7 @@
 # heddle: one 4-bit base resident, a different adapter for every request.
 #   docker build -t heddle .
-#   docker run --gpus all -p 127.0.0.1:8000:8000 -v heddle-store:/var/lib/heddle heddle Qwen/Qwen2.5-7B-Instruct
+#   docker run --rm -v heddle-store:/var/lib/heddle heddle keys create --tenant local --scope admin
+#   docker run --gpus all -p 8000:8000 -v heddle-store:/var/lib/heddle heddle serve Qwen/Qwen2.5-7B-Instruct
 FROM python:3.12-slim
 
 # Triton compiles a small launcher when a kernel first runs.
@@ -27,4 +28,4 @@ ENV HEDDLE_STORE=/var/lib/heddle \
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10m \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
-ENTRYPOINT ["heddle", "serve"]
+ENTRYPOINT ["heddle"]

@@ -35,11 +35,11 @@ class DemoServer:
 
 
 @contextmanager
-def demo_server(folder: Path, **options: object) -> Iterator[DemoServer]:
+def demo_server(folder: Path, base: Path = BASE_DIR, **options: object) -> Iterator[DemoServer]:
     """`options` as `heddle serve` takes them; its store and its log lie in `folder`."""
     options = {"store": folder / "store", "port": 0, "dtype": "float32", **options}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "heddle_server", "serve", str(BASE_DIR), *words]
+    command = [sys.executable, "-m", "heddle_server", "serve", str(base), *words]
     log = folder / "log"
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:

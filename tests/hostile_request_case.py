@@ -56,7 +56,7 @@ def post(
     body: bytes, *headers: str, content_type: str | None = FORM, path: str = UPLOAD_PATH, length: str = ""
 ) -> bytes:
     """A whole request; `length` replaces the true Content-Length."""
-    head = [f"POST {path} HTTP/1.1", "Host: heddle", "Connection: close"]
+    head = [f"POST {path} HTTP/1.1", "Host: localhost", "Connection: close"]
     head += [f"Content-Type: {content_type}"] if content_type is not None else []
     head += [f"Content-Length: {length or len(body)}", *headers]
     return "\r\n".join([*head, "", ""]).encode("latin-1") + body

@@ -27,13 +27,18 @@ SCRIPTED_ENGINE = (
 )
 
 
-def server_config(folder: Path, **settings: Any) -> ServerConfig:
+def server_config(folder: Path, *, max_model_len: int | None = None, **settings: Any) -> ServerConfig:
     """Settings of a server whose model folder holds nothing but a tokenizer, and fields of `ServerConfig`."""
     model_path = folder / "model"
     if not model_path.exists():
         save_tokenizer(model_path)
     store_path = folder / "store"
-    engine = EngineConfig(model_path=str(model_path), model_name="scripted-model", store_path=str(store_path))
+    engine = EngineConfig(
+        model_path=str(model_path),
+        model_name="scripted-model",
+        store_path=str(store_path),
+        max_model_len=max_model_len,
+    )
     return ServerConfig(engine=engine, store_path=store_path, **settings)
 
 

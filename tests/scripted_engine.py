@@ -57,8 +57,9 @@ LOAD_SECONDS = 0.125  # what a load is said to have taken
 DIES = 1001  # two tokens, then the process is gone
 NEVER_ENDS = 1002
 ADAPTER_DAMAGED = 1003
-DIES_AT_ONCE = 1004
-NEVER_STARTS = 1005  # waits for ever
+DIES_AT_ONCE = 1007
+WAITS_TOO = 1004  # waits for ever, as the next one does
+NEVER_STARTS = 1005
 DESCRIBES_NOTHING = 1006  # once it has run, questions about the cache get no answer
 
 # Faults at start-up, by the model's name.
@@ -91,7 +92,7 @@ def main() -> None:
         socket.close(linger=1000)
         context.term()  # waits until the message is out
         sys.exit(2)
-    send(socket, Ready(model_card()))
+    send(socket, Ready(model_card(config.max_model_len or MAX_MODEL_LEN)))
     ScriptedEngine(socket).serve()
     socket.close(linger=1000)
     context.term()
@@ -107,7 +108,7 @@ class ScriptedEngine:
         self.num_tokens = 0
         self.num_forgotten = 0  # told as adapter evictions
         self.tiers: dict[str, Tier] = {}
-        self.pinned: tuple[str, ...] = ()
+        self.pinned: dict[str, str] = {}  # tenants by digest
         self.uses: Counter[str] = Counter()
         self.found: Counter[Tier] = Counter()  # requests by where their adapter was
         self.moves: list[AdapterMove] = []
@@ -127,11 +128,11 @@ class ScriptedEngine:
                         self.move(digest, "disk")
                     case PrepareAdapter():
                         pass  # there is nothing to compile
-                    case PinAdapters(digests):
-                        for digest in set(self.pinned) - set(digests):
+                    case PinAdapters(tenants):
+                        for digest in set(self.pinned) - set(tenants):
                             self.move(digest, "host")
-                        self.pinned = digests
-                        for digest in digests:
+                        self.pinned = tenants
+                        for digest in tenants:
                             self.move(digest, "device")
                     case DescribeCache(query_id):
                         if not self.is_mute:
@@ -190,7 +191,7 @@ class ScriptedEngine:
         ]
 
     def stats(self) -> EngineStats:
-        num_waiting = sum(request.sampling.seed == NEVER_STARTS for request in self.requests.values())
+        num_waiting = sum(request.sampling.seed in (WAITS_TOO, NEVER_STARTS) for request in self.requests.values())
         num_running = len(self.running) - num_waiting
         tiers = list(self.tiers.values())
         return EngineStats(
@@ -232,8 +233,19 @@ def script(request: Request, tier: Tier | None) -> Iterator[TokenOutput | None]:
     admission: AdmissionReport | None = AdmissionReport(tier, load_seconds, load_seconds + STEP_SECONDS)
     for output in answer(request):
         if output is not None and output.token_ids and admission is not None:
-            output, admission = msgspec.structs.replace(output, admission=admission), None
+            output, admission = (
+                msgspec.structs.replace(output, admission=admission, prompt_logprobs=prompt_logprobs(request)),
+                None,
+            )
         yield output
+
+
+def prompt_logprobs(request: Request) -> tuple[TokenLogprobs, ...] | None:
+    wanted = request.sampling.num_prompt_logprobs
+    if wanted is None:
+        return None
+    told = request.prompt_token_ids[1:]
+    return tuple(TokenLogprobs(-0.25, ((token_id, -0.25),) if wanted else ()) for token_id in told)
 
 
 def answer(request: Request) -> Iterator[TokenOutput | None]:
@@ -245,7 +257,7 @@ def answer(request: Request) -> Iterator[TokenOutput | None]:
         yield TokenOutput(
             request.request_id, [], None, "error", "adapter_damaged", "The stored adapter is damaged; upload it again."
         )
-    if seed == NEVER_STARTS:
+    if seed in (WAITS_TOO, NEVER_STARTS):
         while True:
             yield None
     if seed == NEVER_ENDS:
@@ -264,13 +276,13 @@ def token(request: Request, token_id: int, finish_reason: object) -> TokenOutput
     return TokenOutput(request.request_id, [token_id], logprobs, finish_reason)  # type: ignore[arg-type]
 
 
-def model_card() -> ModelCard:
+def model_card(max_model_len: int = MAX_MODEL_LEN) -> ModelCard:
     return ModelCard(
         layout=LAYOUT,
         dtype="float32",
         device="cpu",
         vocabulary_size=VOCABULARY_SIZE,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         eos_token_ids=(EOS,),
         weights_bytes=3 << 20,
         quantized_bytes=2 << 20,

@@ -95,6 +95,7 @@ def test_an_upload_serves_the_very_next_request(client: httpx.Client) -> None:
         "tier": "disk",
         "created": card["created"],
         "owner": "local",
+        "visibility": "private",
         "pinned": False,
         "expires": None,
         "tags": [],

@@ -41,7 +41,7 @@ def chosen(name: str, combination: Combination = "sum", scale: float = 1.0, dige
         num_vector_values=0,
         combination=combination,
     )
-    return ChosenAdapter(name, scale, version)
+    return ChosenAdapter(name, scale, version, version.owner)
 
 
 def check(*adapters: ChosenAdapter) -> None:

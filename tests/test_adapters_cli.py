@@ -19,6 +19,7 @@ from heddle_server.adapters_cli import parse_duration
 from heddle_server.adapters_client import AdaptersClient, printable
 from heddle_server.cli import app
 from live_server import live_server, server_config
+from tenant_keys import make_key
 from test_http_api import CHAT, HELLO
 from test_registry import write_adapter
 
@@ -186,6 +187,32 @@ def test_an_upload_over_the_servers_limit_is_told_while_it_is_sent(heddle: Heddl
     with (folder / "adapter_model.safetensors").open("wb") as file:
         file.truncate(64 << 20)
     assert "over this server's limit" in heddle.refusal("push", str(folder))
+
+
+def test_a_key_goes_with_every_request(tmp_path: Path, folder: Path) -> None:
+    config = server_config(tmp_path)
+    key = make_key(config.store_path, "blue", "adapters:read", "adapters:write")
+    admin = make_key(config.store_path, "ops", "admin")
+    with live_server(config) as client:
+        heddle = Heddle(str(client.base_url))
+        assert "needs an API key" in heddle.refusal("ls")
+        assert "--api-key or HEDDLE_API_KEY" in heddle.refusal("push", str(folder))
+        assert "is not known" in heddle.refusal("ls", "--api-key", "nonsense")
+        assert "pushed sql@1" in heddle("push", str(folder), "--api-key", key)
+        heddle.environment["HEDDLE_API_KEY"] = key
+        assert "blue, private" in heddle("show", "sql")
+        assert "needs a key with the scope 'admin'" in heddle.refusal("publish", "sql")
+        publish = ("publish", "sql", "--owner", "blue", "--api-key", admin)
+        assert "is public" in heddle(*publish)
+        assert "blue, public" in heddle("ls")
+        assert json.loads(heddle("ls", "--visibility", "private", "--json")) == []
+        assert "is private" in heddle("publish", "sql", "--undo")
+        assert "is public" in heddle(*publish)
+        heddle("push", str(folder), "--visibility", "private")
+        assert "blue, private" in heddle("show", "sql")
+        heddle("rm", "sql", "--yes")
+        heddle.environment["HEDDLE_API_KEY"] = make_key(config.store_path, "blue", "infer")
+        assert "'adapters:read'" in heddle.refusal("ls")
 
 
 def test_a_server_that_is_not_there_says_how_to_start_one(folder: Path) -> None:

@@ -99,3 +99,21 @@ def test_a_broken_template_stops_the_start() -> None:
 def test_templates_run_in_a_sandbox(source: str) -> None:
     with pytest.raises(InvalidRequest):
         ChatTemplate(source, {}).render(MESSAGES)
+
+
+@pytest.mark.parametrize("words", ["en", "|", "<", "im_end", "user", " Two words", ""])
+def test_an_answer_goes_on_exactly_where_the_last_words_end(words: str) -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", {}
+    )
+    messages = [{"role": "user", "content": "en"}, {"role": "assistant", "content": words}]
+    expected = f"<|im_start|>user\nen<|im_end|>\n<|im_start|>assistant\n{words}"
+    assert template.render_open(messages) == expected
+
+
+def test_a_template_that_goes_too_deep_refuses_the_messages() -> None:
+    deep: object = 5
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(InvalidRequest):
+        ChatTemplate("{{ messages[0].content | tojson }}", {}).render([{"role": "user", "content": deep}])

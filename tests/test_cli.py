@@ -12,14 +12,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from byte_tokenizer import save_tokenizer
-from heddle_server.cli import app
+from heddle_server.api.serving import access_line
+from heddle_server.cli import COMMANDS, app
 from heddle_server.config import EngineConfig
-from heddle_server.options import ServeOptions, format_size, parse_size
-from live_server import SCRIPTED_ENGINE, wait_until
+from heddle_server.options import ServeOptions
+from live_server import SCRIPTED_ENGINE, server_config, wait_until
 from scripted_engine import NEVER_ENDS
 from test_registry import write_adapter
 
@@ -49,13 +49,38 @@ def test_the_api_process_never_imports_torch() -> None:
 
 
 def test_help_is_quick() -> None:
+    """Best of several: the machine may be busy with something else."""
     code = "import time; start = time.process_time(); from heddle_server.cli import app; "
-    code += "print(time.process_time() - start, {'fastapi', 'http.client', 'aiohttp'} & set(sys.modules))"
-    seconds, imported = python(code).communicate(timeout=60)[0].split()
-    assert float(seconds) < 0.5
-    assert imported == "set()"
-    for command in (["serve"], ["adapters"], ["adapters", "push"]):
-        assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0
+    code += "app(['--help'], standalone_mode=False); "
+    code += "import sys; print(time.process_time() - start, sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
+    heavy = {"pydantic", "rich", "numpy", "msgspec", "fastapi", "http.client", "aiohttp", "importlib.metadata"}
+    runs = [python(code.replace("{HEAVY}", repr(heavy))).communicate(timeout=60) for _ in range(3)]
+    for shown, _ in runs:
+        assert all(name in shown for name in COMMANDS)
+    assert {errors.split(maxsplit=1)[1].strip() for _, errors in runs} == {"[]"}
+    assert min(float(errors.split()[0]) for _, errors in runs) < 0.3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_what_the_list_says_of_it(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert COMMANDS[name][1] in " ".join(result.stdout.split())
+
+
+def test_the_page_of_commands_has_them_all() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "commands.md").read_text()
+    assert [name for name in COMMANDS if f"`heddle {name}" not in page] == []
+
+
+def test_commands_of_commands() -> None:
+    assert CliRunner().invoke(app, ["adapters", "push", "--help"]).exit_code == 0
+
+
+def test_a_mistyped_command_is_met_with_the_nearest() -> None:
+    result = CliRunner().invoke(app, ["estimat"])
+    assert result.exit_code == 2
+    assert "Did you mean 'estimate'?" in result.stderr
 
 
 def test_version() -> None:
@@ -68,7 +93,8 @@ def test_version() -> None:
         (["/no/such/folder"], "is no directory"),
         (["--pool-bytes", "1GiB", "--memory-fraction", "0.5"], "both size the page pool"),
         (["--max-model-len", "1"], "--max-model-len is 1"),
-        (["--memory-fraction", "2"], "must lie in (0, 1]"),
+        (["--memory-fraction", "2"], "--memory-fraction is 2; it must be a number, more than 0 and at most 1."),
+        (["--dtype", "float8"], "--dtype is float8; it must be one of auto, bfloat16, float16, float32."),
         (["--adapters", "/no/such/folder"], "--adapters is /no/such/folder, which is no folder"),
     ],
 )
@@ -101,18 +127,6 @@ def test_a_port_in_use_exits_with_1(model: Path, tmp_path: Path) -> None:
     assert (result.exit_code, f"port {port} is in use" in result.stderr) == (1, True)
 
 
-def test_every_option_has_an_environment_variable(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEDDLE_DTYPE", "float32")
-    monkeypatch.setenv("HEDDLE_DOUBLE_QUANTIZATION", "false")
-    monkeypatch.setenv("HEDDLE_MAX_MODEL_LEN", "1")
-    result = CliRunner().invoke(app, ["serve", str(model), "--store", str(tmp_path)])
-    assert "--max-model-len is 1" in result.stderr
-    variables = {option.envvar for option in get_command(app).commands["serve"].params}  # type: ignore[attr-defined]
-    for name in ServeOptions.__dataclass_fields__:
-        variable = {"served_name": "HEDDLE_MODEL_NAME"}.get(name, f"HEDDLE_{name.upper()}")
-        assert variable in variables
-
-
 def test_options_become_the_config(model: Path, tmp_path: Path) -> None:
     options = ServeOptions(store=tmp_path, dtype="float32", max_model_len=128, port=0, adapters=tmp_path)
     config = options.config(str(model))
@@ -121,20 +135,6 @@ def test_options_become_the_config(model: Path, tmp_path: Path) -> None:
     )
     assert (config.store_path, config.host, config.port) == (tmp_path, "127.0.0.1", 0)
     assert config.adapters_path == tmp_path
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("1000", 1000), ("2KiB", 2048), ("1.5 GB", 1_500_000_000), ("2gib", 2 << 30), ("3M", 3_000_000)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(999, "999 B"), (2048, "2 KiB"), (3 << 19, "1.5 MiB"), (5 << 30, "5.00 GiB")]
-)
-def test_sizes_for_people(size: int, text: str) -> None:
-    assert format_size(size) == text
 
 
 def serve_scripted(
@@ -165,12 +165,27 @@ async def answers(address):
     return 7
 
 def command():
-    options = ServeOptions(served_name={name!r}, port=0, store=Path({str(tmp_path / "store")!r}), {more})
+    options = ServeOptions(model_name={name!r}, port=0, store=Path({str(tmp_path / "store")!r}), {more})
     serve(options.config({str(model)!r}), engine_command={SCRIPTED_ENGINE!r}, companion={companion})
 
 typer.run(command)
 """
     return python(code)
+
+
+@pytest.mark.parametrize(
+    ("has_keys", "allow_anonymous", "says"),
+    [
+        (False, False, "only this machine can use this server"),
+        (False, True, "whoever reaches this server can use it"),
+        (True, False, "every request needs one"),
+        (True, True, "every request needs one"),
+    ],
+)
+def test_the_line_that_says_who_may_use_a_server(
+    has_keys: bool, allow_anonymous: bool, says: str, tmp_path: Path
+) -> None:
+    assert says in access_line(server_config(tmp_path, allow_anonymous=allow_anonymous), has_keys)
 
 
 def test_serve_says_what_it_does_and_stops_on_sigterm(model: Path, tmp_path: Path) -> None:
@@ -182,8 +197,12 @@ def test_serve_says_what_it_does_and_stops_on_sigterm(model: Path, tmp_path: Pat
         assert lines[-1], server.communicate()
     text = "".join(lines)
     assert "weights" in text
-    assert "memory: base 3.0 MiB (2.0 MiB in nf4, 1.0 MiB in float32), pool 32 KiB for KV cache" in text
+    assert (
+        "memory: base 3.0 MiB (2.0 MiB in nf4, 1.0 MiB in float32), pool 32 KiB = 128 tokens or 8 adapters r16" in text
+    )
+    assert "no API keys: only this machine can use this server" in text
     address = next(line.split()[-1] for line in lines if line.startswith("heddle is ready at"))
+    assert f"playground: {address}/\n" in lines
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
     shown = json.loads(lines[-1].split("-d '")[1].rstrip().rstrip("'"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -20,6 +21,7 @@ from heddle_demo.styles import STYLES
 from heddle_demo.tour import BASE, Reply, ask
 from heddle_demo.world import questions
 from heddle_loadtest.client.chat_client import ChatClient
+from tenant_keys import make_key
 
 NAMES = [BASE, *ADAPTERS, *UPLOADS]
 HEDDLE = [sys.executable, "-m", "heddle_server"]
@@ -66,6 +68,18 @@ def test_the_tour_ends_well() -> None:
         assert name in result.stdout
     assert "Arrr!" in result.stdout
     assert " 0 failed in " in result.stdout, "the load at its end went through"
+
+
+def test_a_store_with_keys_is_not_for_the_tour(tmp_path: Path) -> None:
+    make_key(tmp_path, "blue")
+    result = subprocess.run(
+        [*HEDDLE, "demo", "--tour", "--port", str(free_port()), "--store", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"--store is {tmp_path}" in result.stderr
 
 
 def test_64_streams_over_all_adapters_answer_as_alone(address: str) -> None:

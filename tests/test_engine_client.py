@@ -213,11 +213,11 @@ def test_where_adapters_are_is_mirrored_until_the_engine_ends() -> None:
             await client.wait_ready()
             assert client.tier_of("sha256:a") == "disk"
             await outputs(client, request(1, adapter="sha256:a"))
-            client.pin_adapters(["sha256:b"])
+            client.pin_adapters({"sha256:b": "local"})
             await until(lambda: client.tier_of("sha256:b") == "device")
             assert client.resident_digests() == {"sha256:a", "sha256:b"}
             client.forget_adapter("sha256:a")
-            client.pin_adapters([])
+            client.pin_adapters({})
             await until(lambda: client.tier_of("sha256:b") == "host")
             assert client.tier_of("sha256:a") == "disk"
             assert client.resident_digests() == frozenset()

@@ -12,13 +12,17 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
+from tokenizers import AddedToken, Tokenizer
 
 import scripted_engine
+from byte_tokenizer import save_tokenizer
+from heddle_server.api import streaming
 from live_server import live_server, server_config, wait_until
 
 CHAT = "/v1/chat/completions"
 QUESTION: ChatCompletionMessageParam = {"role": "user", "content": "Hello"}
 HELLO = [QUESTION]
+TOOL = {"type": "function", "function": {"name": "look_up"}}
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +269,14 @@ def test_max_tokens_is_clamped_only_when_nobody_asked(client: httpx.Client) -> N
         ({"adapter": ["nobody", "noone"]}, (404, "adapter_not_found", "adapter")),
         ({"model": "one", "adapter": ["one", "two"]}, (400, "adapter_conflict", "adapter")),
         ({"lora": "one"}, (400, "unknown_parameter", "lora")),
-        ({"n": 2}, (400, "unsupported_parameter", "n")),
-        ({"messages": [{"role": "tool", "content": "x"}]}, (400, "unsupported_parameter", "messages.0.role")),
+        ({"best_of": 2}, (400, "unsupported_parameter", "best_of")),
+        ({"messages": [{"role": "tool", "content": "x"}]}, (400, "invalid_request", "messages.0.tool_call_id")),
+        ({"logit_bias": {"264": 1}}, (400, "invalid_request", "logit_bias")),
+        ({"stop_token_ids": [264]}, (400, "invalid_request", "stop_token_ids")),
+        ({"min_tokens": 60}, (400, "invalid_request", "min_tokens")),
+        ({"reasoning_effort": "low"}, (400, "invalid_request", "reasoning_effort")),
+        ({"chat_template_kwargs": {"messages": "x"}}, (400, "invalid_request", "chat_template_kwargs.messages")),
+        ({"tools": [TOOL]}, (400, "invalid_request", "tools")),
     ],
 )
 def test_refused_requests(client: httpx.Client, fields: dict[str, Any], expected: tuple[int, str, str]) -> None:
@@ -309,7 +319,8 @@ def test_the_official_client_sees_an_error_in_a_stream(official: openai.OpenAI) 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request(client: httpx.Client, stream: bool) -> None:
     body = json.dumps({"messages": HELLO, "seed": scripted_engine.NEVER_ENDS, "stream": stream}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    headers = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\n{headers}\r\n"
     with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
         connection.sendall(head.encode() + body)
         wait_until(lambda: running(client) == 1)
@@ -347,6 +358,20 @@ def test_a_dead_engine_ends_requests_and_comes_back(client: httpx.Client) -> Non
     assert client.post(CHAT, json={"messages": HELLO}).status_code == 200
 
 
+def test_a_client_that_does_not_read_is_gone_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "UNREAD_SECONDS", 0.3)
+    with live_server(server_config(tmp_path, max_model_len=1 << 30)) as client:
+        fields = {"seed": scripted_engine.NEVER_ENDS, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 1}
+        body = json.dumps({"messages": HELLO, **fields}).encode()
+        headers = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((client.base_url.host, client.base_url.port or 80))
+            connection.sendall(f"POST {CHAT} HTTP/1.1\r\n{headers}\r\n".encode() + body)
+            wait_until(lambda: running(client) == 1)
+            wait_until(lambda: running(client) == 0, seconds=60)
+
+
 def test_a_full_server_refuses_at_once_and_says_when_to_come_back(tmp_path: Path) -> None:
     with live_server(server_config(tmp_path, max_queued_requests=1)) as client:
         body = {"messages": HELLO, "seed": scripted_engine.NEVER_ENDS, "stream": True}
@@ -356,9 +381,34 @@ def test_a_full_server_refuses_at_once_and_says_when_to_come_back(tmp_path: Path
             refused = client.post(CHAT, json={"messages": HELLO})
             assert refusal(refused)[:2] == (503, "overloaded")
             assert 1 <= int(refused.headers["retry-after"]) <= 30
-        wait_until(lambda: running(client) == 0)
-        assert client.post(CHAT, json={"messages": HELLO}).status_code == 200
+        wait_until(lambda: client.post(CHAT, json={"messages": HELLO}).status_code == 200)  # when it has left
         assert refusal(client.post(CHAT, json={"messages": HELLO, "adapter": "nobody"}))[0] == 404
         assert refusal(client.post("/v1/completions", json={"prompt": "x" * 64}))[0] == 400
         assert client.post(CHAT, json={"messages": HELLO}).status_code == 200  # refused requests hold no place
-        assert metric(client, 'heddle_requests_refused_total{reason="requests"}') == 1
+        assert metric(client, 'heddle_requests_refused_total{reason="requests"}') >= 1
+
+
+def test_text_whose_tokens_the_base_does_not_have_is_refused(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(f"<|added{number}|>", special=True) for number in range(5)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with live_server(server_config(tmp_path)) as client:
+        chat = {"messages": [{"role": "user", "content": "<|added4|>"}]}
+        assert refusal(client.post(CHAT, json=chat)) == (400, "invalid_request", "messages")
+        assert refusal(client.post("/v1/completions", json={"prompt": "a<|added4|>"}))[2] == "prompt"
+        assert client.post("/v1/completions", json={"prompt": "a<|added0|>"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"maximum": 2**64}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 10**400}}}},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+    ],
+)
+def test_what_is_json_and_cannot_be_followed_is_refused(client: httpx.Client, fields: dict[str, Any]) -> None:
+    content = json.dumps({"messages": HELLO, **fields}).encode()
+    response = client.post(CHAT, content=content, headers={"content-type": "application/json"})
+    assert refusal(response)[:2] == (400, "invalid_request")

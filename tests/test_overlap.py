@@ -40,6 +40,9 @@ def workload(digests: list[str], seed: int) -> list[Request]:
             max_tokens=source.choice((1, 2, 7, 20)),
             stop_token_ids=tuple(source.sample(range(96), source.choice((0, 0, 20)))),
             temperature=source.choice((0.0, 0.0, 1.0)),
+            presence_penalty=source.choice((0.0, 0.0, 1.5)),
+            repetition_penalty=source.choice((1.0, 1.0, 1.3)),
+            num_prompt_logprobs=source.choice((None, None, 2)),
             seed=source.randrange(1000),
         )
         for _ in range(40)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 
 from engine_numbers import STATS
-from heddle_server.api.errors import Overloaded, TenantOverloaded
+from heddle_server.api.errors import InvalidRequest, Overloaded, RateLimitExceeded, TenantOverloaded
 from heddle_server.api.overload import LoadGate, Place
 
 MAX_BATCH_TOKENS = 100
@@ -16,7 +18,13 @@ MAX_BATCH_REQUESTS = 4
 class World:
     """A gate, a clock that is turned by hand, and an engine that only counts."""
 
-    def __init__(self, max_requests: int = 1000, max_wait_seconds: float = 10.0) -> None:
+    def __init__(
+        self,
+        max_requests: int = 1000,
+        max_wait_seconds: float = 10.0,
+        queued_token_limit: Callable[[str], int | None] = lambda tenant: None,
+        is_shared: bool = False,
+    ) -> None:
         self.now = 1000.0
         self.stats = STATS
         self.refused: list[str] = []
@@ -26,6 +34,8 @@ class World:
             max_batch_tokens=MAX_BATCH_TOKENS,
             max_batch_requests=MAX_BATCH_REQUESTS,
             on_refused=self.refused.append,
+            queued_token_limit=queued_token_limit,
+            is_shared=lambda: is_shared,
             clock=lambda: self.now,
         )
         self.gate.observe(self.stats)
@@ -62,6 +72,36 @@ def test_a_single_tenant_may_have_everything() -> None:
         world.ask("only")
     with pytest.raises(Overloaded):
         world.ask("only")
+
+
+def test_nobody_gets_the_last_places_of_a_shared_server_alone() -> None:
+    world = World(max_requests=16, is_shared=True)
+    places = [world.ask("greedy") for _ in range(14)]
+    with pytest.raises(Overloaded):
+        world.ask("greedy")
+    world.ask("late")
+    world.ask("late")
+    for place in places:
+        place.leave()
+    for _ in range(6):
+        world.ask("late")
+
+
+def test_answers_of_one_request_are_let_in_together_or_not_at_all() -> None:
+    world = World(max_requests=4, queued_token_limit=lambda tenant: 100)
+    first = world.gate.enter("a")
+    places = [first, *first.take_more(2)]
+    first.queue_together(places, [60, 60, 60], is_cold=False)  # one request may always wait
+    second = world.gate.enter("a")
+    with pytest.raises(RateLimitExceeded, match="have 180 tokens, this request's have 10"):
+        second.queue(10)
+    with pytest.raises(Overloaded, match="no places for 1 more"):
+        second.take_more(1)
+    for place in (*places, second):
+        place.leave()
+    with pytest.raises(InvalidRequest, match="5 answers at once are more than this server ever takes"):
+        world.gate.enter("a").take_more(4)
+    assert world.gate.num_requests == 1
 
 
 def test_tenants_share_fairly_while_others_are_there() -> None:

@@ -15,6 +15,25 @@ from heddle_server.api.wire_fields import ScaledAdapter
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x"}}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def tool(name: str, **function: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def schema_format(schema: object, name: str = "x") -> dict[str, object]:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
+
+
+def nested(depth: int) -> dict[str, object]:
+    schema: dict[str, object] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 def chat(**fields: Any) -> ChatCompletionRequest:
     return ChatCompletionRequest.model_validate({"messages": MESSAGES, **fields})
 
@@ -30,21 +49,8 @@ def refused(model: type[ChatCompletionRequest | CompletionRequest], body: dict[s
 
 
 def test_neutral_values_of_what_is_not_served_are_accepted() -> None:
-    chat(
-        n=1,
-        frequency_penalty=0,
-        presence_penalty=0.0,
-        logit_bias={},
-        response_format={"type": "text"},
-        tools=[],
-        tool_choice="none",
-        parallel_tool_calls=True,
-        modalities=["text"],
-        min_p=0,
-        reasoning_effort=None,
-        audio=None,
-    )
-    completion(echo=False, best_of=1, suffix=None, n=1)
+    chat(modalities=["text"], audio=None, functions=[], function_call="none", length_penalty=1, priority=0)
+    completion(best_of=1, suffix=None, use_beam_search=False)
 
 
 def test_what_cannot_change_the_answer_is_accepted() -> None:
@@ -54,21 +60,13 @@ def test_what_cannot_change_the_answer_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"5": 1}),
-        ("response_format", {"type": "json_object"}),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto"),
-        ("reasoning_effort", "low"),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
-        ("min_p", 0.1),
-        ("min_tokens", 3),
         ("best_of", 2),
+        ("best_of", True),
+        ("functions", [{"name": "f"}]),
+        ("function_call", "auto"),
+        ("web_search_options", {}),
     ],
 )
 def test_what_is_not_served_is_refused_and_named(field: str, value: object) -> None:
@@ -77,7 +75,7 @@ def test_what_is_not_served_is_refused_and_named(field: str, value: object) -> N
     assert "not served yet" in error.message
 
 
-@pytest.mark.parametrize(("field", "value"), [("echo", True), ("suffix", "x"), ("prompt", ["a", "b"])])
+@pytest.mark.parametrize(("field", "value"), [("suffix", "x"), ("best_of", 4), ("use_beam_search", True)])
 def test_what_completions_do_not_serve(field: str, value: object) -> None:
     error = refused(CompletionRequest, {"prompt": "x", field: value})
     assert (kind_of(error).code, error.param) == ("unsupported_parameter", field)
@@ -88,10 +86,14 @@ def test_what_completions_do_not_serve(field: str, value: object) -> None:
     [
         ("lora", "adapter"),
         ("lora_path", "adapter"),
-        ("adapter_id", "adapter"),
         ("adapters", "adapter"),
         ("temprature", "temperature"),
         ("max_completion_token", "max_completion_tokens"),
+        ("guided_json", "response_format"),
+        ("guided_regex", "response_format"),
+        ("structured_outputs", "response_format"),
+        ("grammar", "response_format"),
+        ("chat_template", "chat_template_kwargs"),
     ],
 )
 def test_unknown_fields_point_to_the_known_one(field: str, hint: str) -> None:
@@ -148,6 +150,46 @@ def test_unknown_fields_point_to_the_known_one(field: str, hint: str) -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content"),
         ({"messages": ["x"]}, "messages.0"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"n": True}, "n"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -2.5}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias"),
+        ({"logit_bias": {"5": float("nan")}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": schema_format({}, name="a b")}, "response_format.json_schema.name"),
+        ({"response_format": NO_SCHEMA}, "response_format.json_schema.schema"),
+        ({"response_format": schema_format(5)}, "response_format.json_schema.schema"),
+        ({"response_format": schema_format(nested(65))}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "grammar", "syntax": "gbnf", "definition": "x"}}, "response_format.syntax"),
+        ({"response_format": {"type": "grammar", "syntax": "regex", "definition": ""}}, "response_format.definition"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools.0.type"),
+        ({"tools": [tool("a b")]}, "tools.0.function.name"),
+        ({"tools": [tool("f")] * 129}, "tools"),
+        ({"tools": [tool("f"), tool("f")]}, "tools"),
+        ({"tools": [tool("f", parameters=nested(65))]}, "tools.0.function.parameters"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "always", "tools": [tool("f")]}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [tool("f")]}, "tool_choice"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "messages.0.tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "assistant"}]}, "messages.0.content"),
+        ({"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {str(number): 1 for number in range(17)}}, "chat_template_kwargs"),
     ],
 )
 def test_out_of_bounds_and_wrong_types_name_the_field(fields: dict[str, Any], param: str) -> None:
@@ -156,21 +198,40 @@ def test_out_of_bounds_and_wrong_types_name_the_field(fields: dict[str, Any], pa
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "param"),
     [
-        {"top_logprobs": 2},
-        {"stream_options": {"include_usage": True}},
-        {"max_tokens": 3, "max_completion_tokens": 4},
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"min_tokens": 5, "max_completion_tokens": 4}, "min_tokens"),
+        ({"adapter": "a", "adapter_id": "a"}, "adapter_id"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"tools": [tool("f")], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ],
 )
-def test_fields_that_do_not_go_together(fields: dict[str, Any]) -> None:
-    assert kind_of(refused(ChatCompletionRequest, {"messages": MESSAGES, **fields})).code == "invalid_request"
+def test_fields_that_do_not_go_together(fields: dict[str, Any], param: str) -> None:
+    error = refused(ChatCompletionRequest, {"messages": MESSAGES, **fields})
+    assert (kind_of(error).code, error.param) == ("invalid_request", param)
 
 
-@pytest.mark.parametrize("prompt", [5, None, [], [1, "a"], [True], [[-1]], {"a": 1}, "\ud800"])
+def test_tools_that_may_and_that_must_be_called() -> None:
+    tools = [tool("f"), tool("g")]
+    named = {"type": "function", "function": {"name": "g"}}
+    assert [each.function.name for each in chat(tools=tools).offered_tools] == ["f", "g"]
+    assert chat(tools=tools).forced_tools == chat(tools=tools, tool_choice="auto").forced_tools == []
+    assert chat(tools=tools, tool_choice="none").offered_tools == []
+    assert [each.function.name for each in chat(tools=tools, tool_choice="required").forced_tools] == ["f", "g"]
+    assert [each.function.name for each in chat(tools=tools, tool_choice=named).forced_tools] == ["g"]
+    assert chat(tools=[], tool_choice="auto").offered_tools == []
+
+
+@pytest.mark.parametrize(
+    "prompt", [5, None, [], [1, "a"], ["a", 1], ["a", [1]], [True], [[-1]], {"a": 1}, "\ud800", ["a"] * 65]
+)
 def test_prompts_that_are_none(prompt: object) -> None:
     if prompt == []:
-        assert completion(prompt=[]).prompt == []  # refused at admission, with "no tokens"
+        assert completion(prompt=[]).prompt == [[]]  # refused at admission, with "no tokens"
         return
     assert refused(CompletionRequest, {"prompt": prompt}).param == "prompt"
 
@@ -180,8 +241,11 @@ def test_forms_are_brought_to_one() -> None:
     assert chat(messages=[{"role": "user", "content": parts}]).messages[0].content == "Hello"
     assert chat(stop="x").stop == ["x"]
     assert chat().stop == []
-    assert completion(prompt=["Hello"]).prompt == "Hello"
-    assert completion(prompt=[[1, 2]]).prompt == [1, 2]
+    assert completion(prompt="Hello").prompt == completion(prompt=["Hello"]).prompt == ["Hello"]
+    assert completion(prompt=[1, 2]).prompt == completion(prompt=[[1, 2]]).prompt == [[1, 2]]
+    assert completion(prompt=["a", "b"]).prompt == ["a", "b"]
+    assert chat(logit_bias={"5": 1, "0": -2.5}).logit_bias == {5: 1.0, 0: -2.5}
+    assert chat(logit_bias=None).logit_bias == chat().logit_bias == {}
     assert chat(max_completion_tokens=3).token_limit == 3
     assert chat(max_tokens=3).token_limit == 3
     assert completion().token_limit == 16
@@ -222,3 +286,14 @@ def test_an_assistants_turn_can_be_sent_back_as_it_came() -> None:
         "audio": None,
     }
     assert chat(messages=[*MESSAGES, turn]).messages[1].content == "Hi"
+
+
+def test_a_chat_with_calls_and_their_results_can_be_sent_back() -> None:
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "Let me look."},
+        {"role": "tool", "content": "12 degrees", "tool_call_id": "c"},
+    ]
+    asked, answered = chat(messages=[*MESSAGES, *turns]).messages[1:]
+    assert asked.tool_calls is not None
+    assert asked.tool_calls[0].function.arguments == "{}"
+    assert answered.tool_call_id == "c"

@@ -245,9 +245,22 @@ def test_room_of_one_adapter_and_of_pins() -> None:
     with pytest.raises(AdapterExceedsPool, match=r"32772 bytes .* 32768"):
         room.check_fits(Sized(8193))
     assert room.share_of(Sized(1024)) == 0.125
-    room.check_pins({"a": Sized(1024), "b": Sized(3072)})
+    room.check_pins([Sized(1024)], [Sized(3072)], tells_totals=True)
     with pytest.raises(PinCapacity, match="20480"):
-        room.check_pins({"a": Sized(1025), "b": Sized(3072)})
-    pinned = [("a", Sized(2048)), ("b", Sized(4096)), ("a", Sized(2048)), ("c", Sized(2048)), ("d", Sized(1))]
-    assert room.pins_that_fit(pinned) == ("a", "c")
-    assert PoolRoom(msgspec.structs.replace(MODEL, max_model_len=1000)).pins_that_fit(pinned) == ()
+        room.check_pins([Sized(1025)], [Sized(3072)], tells_totals=True)
+    with pytest.raises(PinCapacity, match="does not fit beside what is pinned") as error:
+        room.check_pins([Sized(1025)], [Sized(3072)], tells_totals=False)
+    assert not any(character.isdigit() for character in error.value.message)
+    sizes = [("a", 2048), ("b", 4096), ("a", 2048), ("c", 2048), ("d", 1)]
+    pinned = [(digest, "blue", Sized(size)) for digest, size in sizes]
+    assert room.pins_that_fit(pinned) == {"a": "blue", "c": "blue"}
+    assert PoolRoom(msgspec.structs.replace(MODEL, max_model_len=1000)).pins_that_fit(pinned) == {}
+
+
+def test_pins_of_one_tenant_stay_in_its_share() -> None:
+    room = PoolRoom(MODEL, tenant_pool_share=0.25)
+    room.check_pins([Sized(1024), Sized(1024)], [Sized(2048)], tells_totals=False)
+    with pytest.raises(PinCapacity, match=r"need 12288 bytes .* may take 8192"):
+        room.check_pins([Sized(1024), Sized(1025)], [], tells_totals=False)
+    pinned = [("a", "blue", Sized(2048)), ("b", "blue", Sized(1)), ("c", "green", Sized(2048)), ("d", "red", Sized(1))]
+    assert room.pins_that_fit(pinned) == {"a": "blue", "c": "green"}

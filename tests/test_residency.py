@@ -76,7 +76,7 @@ def test_a_host_tier_of_nothing_still_serves() -> None:
 
 def test_a_pinned_adapter_comes_unasked_and_stays() -> None:
     world = SmallWorld(num_pages=4)
-    world.residency.pin(("kept",), "local")
+    world.residency.pin({"kept": "local"})
     for _ in range(4):
         world.step()
     assert world.residency.tier_of("kept") == "device"
@@ -84,7 +84,7 @@ def test_a_pinned_adapter_comes_unasked_and_stays() -> None:
         world.serve(f"other-{number}")
     assert world.residency.tier_of("kept") == "device"
     assert world.serve("kept").tier == "device"
-    world.residency.pin((), "local")
+    world.residency.pin({})
     for number in range(6):
         world.serve(f"other-{number}")
     assert world.residency.tier_of("kept") != "device"
@@ -93,7 +93,7 @@ def test_a_pinned_adapter_comes_unasked_and_stays() -> None:
 def test_when_pins_leave_too_little_room_a_request_is_told_so() -> None:
     world = SmallWorld(num_pages=6)
     world.loader.sizes = {"kept": 4, "wide": 3}
-    world.residency.pin(("kept",), "local")
+    world.residency.pin({"kept": "local"})
     for _ in range(4):
         world.step()
     world.add([1] * 3, "wide")
@@ -108,7 +108,7 @@ def test_when_pins_leave_too_little_room_a_request_is_told_so() -> None:
 def test_a_pinned_adapter_that_cannot_be_loaded_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
     world = SmallWorld()
     world.loader.broken["kept"] = AdapterError("the file is damaged")
-    world.residency.pin(("kept",), "local")
+    world.residency.pin({"kept": "local"})
     for _ in range(4):
         world.step()
     assert "the file is damaged" in caplog.text
@@ -123,12 +123,12 @@ def test_a_pinned_adapter_that_never_found_room_leaves_host_memory_with_its_pin(
     world = SmallWorld(num_pages=4, host_pages=2)
     world.loader.sizes["kept"] = 2
     long = world.add([1] * 11)
-    world.residency.pin(("kept",), "local")
+    world.residency.pin({"kept": "local"})
     for _ in range(4):
         world.step()
     assert world.host.num_held_bytes == 2 * PAGE_BYTES, "it waits in host memory for room"
     if how == "unpinned":
-        world.residency.pin((), "local")
+        world.residency.pin({})
     else:
         world.residency.forget("kept")
     assert world.host.num_held_bytes == 0
@@ -141,7 +141,7 @@ def test_a_pinned_adapter_that_never_found_room_leaves_host_memory_with_its_pin(
 def test_a_pinned_adapter_that_finds_no_room_does_not_keep_others_from_being_read() -> None:
     world = SmallWorld(num_pages=20, host_pages=2, tenant_page_limit=5)
     world.loader.sizes = dict.fromkeys(("kept", "too much", "far too much"), 3)
-    world.residency.pin(("kept", "too much", "far too much"), "local")
+    world.residency.pin(dict.fromkeys(("kept", "too much", "far too much"), "local"))
     for _ in range(6):
         world.step()
     assert len(world.loader.reads) == 2, "the third would only lie in host memory too"
@@ -258,7 +258,7 @@ def test_the_books_balance_through_any_churn(policy: str, seed: int) -> None:
                 world.scheduler.finish(source.choice(sequences))
                 num_ended += 1
             case 7 if source.random() < 0.1:
-                world.residency.pin(tuple(source.sample(names, 2)), "one")
+                world.residency.pin({name: source.choice(("one", "two")) for name in source.sample(names, 2)})
             case 8 if source.random() < 0.2:
                 world.residency.forget(source.choice(names))
             case _:
@@ -269,7 +269,7 @@ def test_the_books_balance_through_any_churn(policy: str, seed: int) -> None:
         world.loader.finish_read(name)
     for name in list(world.loader.copying):
         world.loader.finish_copy(name)
-    world.residency.pin((), "one")
+    world.residency.pin({})
     for _ in range(600):
         num_ended += len(world.step().failed)
         for sequence in [each for each in world.scheduler.running if each.num_generated > 2]:
@@ -278,3 +278,48 @@ def test_the_books_balance_through_any_churn(policy: str, seed: int) -> None:
     assert num_ended == num_added, "every request ends"
     assert world.pool.num_free + world.pool.num_idle == world.pool.num_pages, "nothing is held"
     assert world.host.num_held_bytes == 0
+
+
+# Shares
+
+
+def test_a_pin_counts_in_its_owners_share() -> None:
+    world = SmallWorld(num_pages=12, tenant_page_limit=4)
+    world.loader.sizes = {"kept": 3, "wide": 2}
+    world.residency.pin({"kept": "one"})
+    for _ in range(4):
+        world.step()
+    world.add([1] * 3, "wide", tenant="one")
+    failures = [failure for _ in range(5) for failure in world.step().failed]
+    assert len(failures) == 1, "it would be over the share, and nothing that runs will change that"
+    world.step_until_running(world.add([1] * 3, "wide", tenant="two"))
+    world.residency.pin({"kept": "two"})
+    world.check()
+    world.step_until_running(world.add([1] * 3, "other", tenant="one"))
+
+
+def test_what_others_use_counts_in_their_share_and_no_more_in_that_of_whoever_had_it_loaded() -> None:
+    world = SmallWorld(num_pages=20, tenant_page_limit=4)
+    world.loader.sizes = {"shared": 4, "own": 4}
+    first, second = (world.add([1] * 3, "shared", tenant=tenant) for tenant in ("one", "two"))
+    for sequence in (first, second):
+        world.step_until_running(sequence)
+    world.scheduler.finish(first)
+    world.check()
+    world.step_until_running(world.add([1] * 3, "own", tenant="one"))
+
+
+def test_an_idle_adapter_counts_in_the_share_of_whoever_uses_it_next() -> None:
+    world = SmallWorld(num_pages=20, tenant_page_limit=4)
+    world.loader.sizes = {"shared": 4, "own": 4}
+    world.serve("shared", tenant="one")
+    user = world.add([1] * 3, "shared", tenant="two")
+    world.step_until_running(user)
+    world.check()
+    world.step_until_running(world.add([1] * 3, "own", tenant="one"))
+    waiting = world.add([1] * 3, "third", tenant="two")
+    for _ in range(5):
+        assert world.step().failed == []
+    assert waiting not in world.scheduler.running, "its share is taken by what it uses"
+    world.scheduler.finish(user)
+    world.step_until_running(waiting)

@@ -4,7 +4,9 @@
     ├── InvalidAdapter        the upload itself is wrong: file, config, shapes, values
     │   └── AdapterIncompatible   it is sound, but not for this base
     ├── InvalidAdapterName    the name breaks the naming rule or is reserved
-    ├── AdapterNotFound       no such adapter
+    ├── AdapterNotFound       no such adapter, or none that the asker may know of
+    ├── NotTheOwner           a public adapter is changed by its owner only
+    ├── NameTaken             another owner has published an adapter of this name
     ├── AdapterDamaged        the stored bytes no longer match their digest
     ├── AdapterExceedsPool    sound, but larger than the whole page pool
     └── StoreUnusable         the store's folder cannot be used by this process
@@ -24,7 +26,7 @@ MAX_QUOTED_CHARS = 160
 
 
 class AdapterError(Exception):
-    """Base of all errors about adapters; `param` names the offending request field."""
+    """What is asked of an adapter cannot be; `param` names the offending request field."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -50,6 +52,18 @@ class AdapterNotFound(AdapterError):
     def __init__(self, message: str, *, nearest: tuple[str, ...] = (), param: str | None = "adapter") -> None:
         super().__init__(message, param=param)
         self.nearest = nearest
+
+
+class NotTheOwner(AdapterError):
+    """The adapter is public, so its existence is no secret, and somebody else's."""
+
+    def __init__(self, message: str, *, owner: str, param: str | None = "adapter") -> None:
+        super().__init__(message, param=param)
+        self.owner = owner
+
+
+class NameTaken(AdapterError):
+    """Public names are unique: one that another owner has published cannot be published again."""
 
 
 class AdapterDamaged(AdapterError):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,29 +127,36 @@ class Residency:
     def acquire(self, parts: Sequence[AdapterPart], tenant: str) -> int | None:
         """The slot of an adapter or mix, with one reference taken; None while it is on its way.
 
-        Raises OutOfSpace while there is no room for it, what `_check_capacity` raises where waiting would not help,
-        and what the load raised to everyone who waited for it.
+        What nobody else uses counts in this tenant's share from now on, whoever had it loaded. Raises OutOfSpace while
+        there is no room for it, what `_check_capacity` raises where waiting would not help, and what the load raised
+        to everyone who waited for it.
         """
         adapters = [self._known(part.digest, tenant) for part in parts]
         if all(adapter.state in ON_THE_WAY and adapter.failure is None for adapter in adapters):
             return None
         here = [adapter for adapter in adapters if adapter.state is State.RESIDENT]
+        taken_over = [adapter for adapter in here if adapter.tenant != tenant and adapter.is_unused]
         for adapter in here:  # so that one part of a mix does not give way to another
-            self._refer(adapter)
+            self._refer(adapter, tenant)
         slot = None
         try:
             self._check_capacity(adapters)
+            for adapter in taken_over:
+                self._make_room_in_share(tenant, adapter.num_pages)
+                self._charge(adapter, tenant)
             for adapter in adapters:
                 if adapter.failure is not None:
                     raise adapter.failure
                 if adapter.state is State.STAGED:
+                    if not adapter.is_pinned:
+                        self._charge(adapter, tenant)
                     self._copy(adapter)
             if len(here) == len(adapters):
                 slot = self._line_of(parts, adapters)
         finally:
             if slot is None:
                 for adapter in here:
-                    self._unrefer(adapter)
+                    self._unrefer(adapter, tenant)
         return slot
 
     def are_here(self, parts: Sequence[AdapterPart]) -> bool:
@@ -177,8 +184,8 @@ class Residency:
         while self._kept:
             self._unrefer(self._kept.pop())
 
-    def release(self, parts: Sequence[AdapterPart]) -> None:
-        """One running request less uses them."""
+    def release(self, parts: Sequence[AdapterPart], tenant: str) -> None:
+        """One running request less of this tenant uses them."""
         if (mix := self._mixes.get(key := adapter_key(parts))) is not None:
             mix.num_references -= 1
             if mix.num_references == 0:
@@ -186,7 +193,7 @@ class Residency:
                 self.num_pages -= mix.placed.num_pages
                 self._rows.remove_mix(mix.placed)
         for part in parts:
-            self._unrefer(self._adapters[part.digest])
+            self._unrefer(self._adapters[part.digest], tenant)
 
     def ready_at(self, parts: Sequence[AdapterPart]) -> float:
         """When the last of these resident adapters came to the device, on the monotonic clock."""
@@ -198,18 +205,23 @@ class Residency:
         """Content was stored: make its rows when there is time."""
         self._loader.prepare(digest)
 
-    def pin(self, digests: Sequence[str], tenant: str) -> None:
-        """These, and no others, stay on the device from now on; missing ones are loaded."""
-        wanted = set(digests)
+    def pin(self, tenants: Mapping[str, str]) -> None:
+        """These, and no others, stay on the device from now on, by digest, each in its tenant's share.
+
+        Missing ones are loaded.
+        """
+        wanted = set(tenants)
         for digest in self._pinned - wanted:
             adapter = self._adapters.get(digest)
             if adapter is not None and adapter.is_pinned:
                 self._unpin(adapter)
         for digest in wanted - self._pinned:
-            adapter = self._known(digest, tenant)
+            adapter = self._known(digest, tenants[digest])
             adapter.is_pinned = True
             self._pool.eviction.withdraw(adapter.digest)
             self._want(adapter)
+        for digest, tenant in tenants.items():
+            self._charge(self._adapters[digest], tenant)
         self._pinned = wanted
 
     def forget(self, digest: str) -> None:
@@ -272,7 +284,9 @@ class Residency:
         held = Counter[str]()
         for adapter in self._adapters.values():
             assert adapter.num_waiting >= 0, f"{adapter.digest} has {adapter.num_waiting} waiting"
-            assert adapter.num_references >= 0, f"{adapter.digest} has {adapter.num_references} references"
+            assert adapter.num_references >= adapter.users.total(), f"{adapter.digest} has more users than references"
+            is_charged_right = not adapter.users or adapter.is_pinned or adapter.users[adapter.tenant]
+            assert is_charged_right, f"{adapter.digest} counts in the share of a tenant that does not use it"
             assert (adapter.placed is not None) == (adapter.state is State.RESIDENT), f"{adapter.digest} misplaced"
             pages = adapter.placed.page_map if adapter.placed is not None else adapter.page_map
             if pages is None:
@@ -365,7 +379,7 @@ class Residency:
         """Take pages for a staged adapter and start filling them. Raises OutOfSpace."""
         packed = adapter.packed
         assert packed is not None, f"{adapter.digest} is not staged"
-        self._make_room_in_share(adapter, packed.num_pages)
+        self._make_room_in_share(adapter.tenant, packed.num_pages)
         adapter.page_map = self._rows.reserve(packed)
         self._tenant_pages[adapter.tenant] += packed.num_pages
         adapter.copied = self._loader.copy(packed, adapter.page_map)
@@ -425,20 +439,30 @@ class Residency:
                 param="adapter",
             )
 
-    def _make_room_in_share(self, adapter: TrackedAdapter, num_pages: int) -> None:
+    def _charge(self, adapter: TrackedAdapter, tenant: str) -> None:
+        """Count it in this tenant's share instead of another's."""
+        if adapter.placed is not None or adapter.page_map is not None:
+            self._tenant_pages[adapter.tenant] -= adapter.num_pages
+            self._tenant_pages[tenant] += adapter.num_pages
+        adapter.tenant = tenant
+
+    def _charge_user(self, adapter: TrackedAdapter) -> None:
+        """Where others than the one in whose share it counts use it, and that one does not, let it count in theirs."""
+        if adapter.users and not adapter.users[adapter.tenant] and not adapter.is_pinned:
+            self._charge(adapter, next(iter(adapter.users)))
+
+    def _make_room_in_share(self, tenant: str, num_pages: int) -> None:
         """Let a tenant's own idle adapters give way before its share is exceeded. Raises `TenantShareFull`."""
         if self._tenant_page_limit >= self._pool.num_pages:
             return  # then the pool's own order does it, in turn, by which gdsf ages
-        excess = self._tenant_pages[adapter.tenant] + num_pages - self._tenant_page_limit
+        excess = self._tenant_pages[tenant] + num_pages - self._tenant_page_limit
         if excess <= 0:
             return
         idle = [
-            each
-            for each in self._adapters.values()
-            if each.tenant == adapter.tenant and each.digest in self._pool.eviction
+            each for each in self._adapters.values() if each.tenant == tenant and each.digest in self._pool.eviction
         ]
         if sum(each.num_pages for each in idle) < excess:
-            raise TenantShareFull(f"tenant {adapter.tenant!r} holds its share of {self._tenant_page_limit} pages")
+            raise TenantShareFull(f"tenant {tenant!r} holds its share of {self._tenant_page_limit} pages")
         for each in sorted(idle, key=lambda each: self._pool.eviction.priority(each.digest)):
             if excess > 0:
                 excess -= each.num_pages
@@ -458,6 +482,7 @@ class Residency:
 
     def _unpin(self, adapter: TrackedAdapter) -> None:
         adapter.is_pinned = False
+        self._charge_user(adapter)
         if adapter.num_waiting == 0:
             self._call_off(adapter)
         else:
@@ -490,13 +515,19 @@ class Residency:
         mix.num_references += 1
         return mix.placed.slot
 
-    def _refer(self, adapter: TrackedAdapter) -> None:
+    def _refer(self, adapter: TrackedAdapter, tenant: str | None = None) -> None:
+        """One more reference, of a tenant's running request or of what is kept for a waiting one."""
         adapter.num_references += 1
+        if tenant is not None:
+            adapter.users[tenant] += 1
         self._pool.eviction.withdraw(adapter.digest)
 
-    def _unrefer(self, adapter: TrackedAdapter) -> None:
+    def _unrefer(self, adapter: TrackedAdapter, tenant: str | None = None) -> None:
         assert adapter.num_references > 0, f"{adapter.digest} released more often than acquired"
         adapter.num_references -= 1
+        if tenant is not None:
+            adapter.users -= Counter([tenant])
+            self._charge_user(adapter)
         adapter.last_used = time.monotonic()
         self._settle(adapter)
 

@@ -1,8 +1,9 @@
 """Which name means which versions: a small SQLite database, whose commit is what makes an upload count.
 
-A name's whole meaning is one immutable `AdapterRecord`; every change of it is `replace`, one transaction from the
-record before to the record after. Rows of versions that were deleted stay, so that numbers only grow and a digest in
-an old reply can be traced; their content does not.
+Names belong to owners: two owners' adapters of one name have nothing to do with each other, except that only one of
+them can be public. A name's whole meaning is one immutable `AdapterRecord`; every change of it is `replace`, one
+transaction from the record before to the record after. Rows of versions that were deleted stay, so that numbers only
+grow and a digest in an old reply can be traced; their content does not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 from heddle_adapters.checkpoint import pool_bytes
 from heddle_adapters.digest import digest_hex
@@ -22,7 +24,10 @@ from heddle_adapters.errors import AdapterError, StoreUnusable, quoted
 from heddle_adapters.method import Combination
 from heddle_adapters.names import LATEST, check_alias
 
-LOCAL_OWNER = "local"  # the only owner until there are tenants
+LOCAL_OWNER = "local"  # whose everything is while nobody has an API key, and what an operator registers
+
+Visibility = Literal["private", "public"]  # to the owner alone, or usable by all and changed by the owner only
+VISIBILITIES: tuple[Visibility, ...] = get_args(Visibility)
 
 MAX_TAGS = 32
 MAX_TAG_CHARS = 64
@@ -83,6 +88,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """,
         "CREATE TABLE quarantined (digest TEXT NOT NULL PRIMARY KEY, reason TEXT NOT NULL)",
     ),
+    (
+        "ALTER TABLE names ADD COLUMN visibility TEXT NOT NULL DEFAULT 'private'",
+        "CREATE UNIQUE INDEX public_names ON names (name) WHERE visibility = 'public'",
+    ),
 )
 
 
@@ -108,6 +117,16 @@ class AdapterVersion:
         """What means this version for ever: "sql@3"."""
         return f"{self.name}@{self.version}"
 
+    @property
+    def full_name(self) -> str:
+        """What tells it from another owner's of the same name: "sql" where it is local, else "team:sql"."""
+        return self.name if self.owner == LOCAL_OWNER else f"{self.owner}:{self.name}"
+
+    @property
+    def full_reference(self) -> str:
+        """`reference` with `full_name`."""
+        return f"{self.full_name}@{self.version}"
+
     def estimate_bytes(self, row_dtype_bytes: int) -> int:
         """Pool bytes of its rows and vectors, without alignment and tables; 0 where they were not counted."""
         return pool_bytes(self.num_row_values, self.num_vector_values, row_dtype_bytes)
@@ -122,6 +141,7 @@ class AdapterDetails:
     description: str | None = None
     is_pinned: bool | None = None
     ttl_seconds: int | None = None  # from now; 0 = for ever
+    visibility: Visibility | None = None
 
     def __post_init__(self) -> None:
         """Raises `InvalidAdapterName` for the alias and `AdapterError` for what else is out of bounds."""
@@ -135,6 +155,9 @@ class AdapterDetails:
         if self.ttl_seconds is not None and not 0 <= self.ttl_seconds <= MAX_TTL_SECONDS:
             message = f"The time to live is {self.ttl_seconds} seconds; 0 (for ever) to {MAX_TTL_SECONDS} are allowed."
             raise AdapterError(message, param="ttl_seconds")
+        if self.visibility is not None and self.visibility not in VISIBILITIES:
+            message = f"The visibility is {quoted(self.visibility)}; it must be private or public."
+            raise AdapterError(message, param="visibility")
 
 
 @dataclass(frozen=True)
@@ -147,6 +170,7 @@ class AdapterRecord:
     is_pinned: bool = False
     expires_unix_seconds: int | None = None  # None = never
     aliases: Mapping[str, int] = field(default_factory=dict)  # to the number of an existing version
+    visibility: Visibility = "private"
 
     @property
     def latest(self) -> AdapterVersion:
@@ -161,8 +185,17 @@ class AdapterRecord:
         return self.latest.owner
 
     @property
+    def is_public(self) -> bool:
+        return self.visibility == "public"
+
+    @property
     def num_versions(self) -> int:
         return len(self.versions)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the weights files of all versions."""
+        return sum(version.size_bytes for version in self.versions)
 
     @property
     def created_unix_seconds(self) -> int:
@@ -223,6 +256,8 @@ class AdapterRecord:
         if details.ttl_seconds is not None:
             expires = now_unix_seconds + details.ttl_seconds if details.ttl_seconds else None
             record = replace(record, expires_unix_seconds=expires)
+        if details.visibility is not None:
+            record = replace(record, visibility=details.visibility)
         return record
 
 
@@ -246,8 +281,8 @@ class StoreIndex:
     def close(self) -> None:
         self._connection.close()
 
-    def records(self) -> dict[str, AdapterRecord]:
-        """What each name means, by name; raises `StoreUnusable` where the database is damaged."""
+    def records(self) -> tuple[AdapterRecord, ...]:
+        """What each name of each owner means; raises `StoreUnusable` where the database is damaged."""
         with _reading():
             return self._read_records()
 
@@ -256,16 +291,24 @@ class StoreIndex:
         with _reading():
             return dict(self._connection.execute("SELECT digest, reason FROM quarantined"))
 
-    def next_version(self, name: str) -> int:
-        """The number after all that the name ever had."""
+    def next_version(self, owner: str, name: str) -> int:
+        """The number after all that the owner's name ever had."""
         query = "SELECT coalesce(max(version), 0) + 1 FROM versions WHERE owner = ? AND name = ?"
-        (number,) = self._connection.execute(query, (LOCAL_OWNER, name)).fetchone()
+        (number,) = self._connection.execute(query, (owner, name)).fetchone()
         return int(number)
 
-    def replace(self, before: AdapterRecord | None, after: AdapterRecord | None, sound: str | None = None) -> None:
+    def replace(
+        self,
+        before: AdapterRecord | None,
+        after: AdapterRecord | None,
+        sound: str | None = None,
+        *,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
         """Makes one name mean `after` in place of `before`; all of it is durable on return, or nothing changed.
 
-        Lifts the quarantine of the digest `sound`, and of digests that no version has any more.
+        Lifts the quarantine of the digest `sound`, and of digests that no version has any more. Nothing is changed
+        either where `before_commit`, called when all is written, raises.
         """
         old, new = (set(record.versions if record else ()) for record in (before, after))
         with self._transaction() as execute:
@@ -283,8 +326,8 @@ class StoreIndex:
             if after is not None:
                 key = (after.owner, after.name)
                 tags = json.dumps(after.tags)
-                details = (after.description, tags, after.is_pinned, after.expires_unix_seconds)
-                execute("INSERT INTO names VALUES (?, ?, ?, ?, ?, ?)", (*key, *details))
+                details = (after.description, tags, after.is_pinned, after.expires_unix_seconds, after.visibility)
+                execute("INSERT INTO names VALUES (?, ?, ?, ?, ?, ?, ?)", (*key, *details))
                 for alias, number in after.aliases.items():
                     execute("INSERT INTO aliases VALUES (?, ?, ?, ?)", (*key, alias, number))
             execute(
@@ -292,6 +335,7 @@ class StoreIndex:
                 "(SELECT 1 FROM versions WHERE versions.digest = quarantined.digest AND is_stored)",
                 (sound,),
             )
+            before_commit()
 
     def quarantine(self, digest: str, reason: str) -> None:
         """Remembers that content is damaged; durable on return."""
@@ -316,27 +360,36 @@ class StoreIndex:
                     execute(statement)
                 execute(f"PRAGMA user_version = {number}")
 
-    def _read_records(self) -> dict[str, AdapterRecord]:
-        versions: dict[str, list[AdapterVersion]] = {}
+    def _read_records(self) -> tuple[AdapterRecord, ...]:
+        versions: dict[tuple[str, str], list[AdapterVersion]] = {}  # by owner and name, as all of these
         for row in self._connection.execute(f"SELECT {COLUMNS} FROM versions WHERE is_stored ORDER BY name, version"):
             version = AdapterVersion(*row)
             digest_hex(version.digest)  # it becomes a path
-            versions.setdefault(version.name, []).append(version)
-        aliases: dict[str, dict[str, int]] = {name: {} for name in versions}
-        for name, alias, number in self._connection.execute("SELECT name, alias, version FROM aliases"):
-            aliases[name][alias] = number
-        records: dict[str, AdapterRecord] = {}
-        for name, description, tags, is_pinned, expires in self._connection.execute(
-            "SELECT name, description, tags, is_pinned, expires_unix_seconds FROM names"
+            versions.setdefault((version.owner, version.name), []).append(version)
+        aliases: dict[tuple[str, str], dict[str, int]] = {key: {} for key in versions}
+        for owner, name, alias, number in self._connection.execute("SELECT owner, name, alias, version FROM aliases"):
+            aliases[owner, name][alias] = number
+        records: dict[tuple[str, str], AdapterRecord] = {}
+        for owner, name, description, tags, is_pinned, expires, visibility in self._connection.execute(
+            "SELECT owner, name, description, tags, is_pinned, expires_unix_seconds, visibility FROM names"
         ):
-            if not {version.version for version in versions[name]}.issuperset(aliases[name].values()):
+            key = (owner, name)
+            if not {version.version for version in versions[key]}.issuperset(aliases[key].values()):
                 raise LookupError(f"an alias of {quoted(name)} means no version")
-            records[name] = AdapterRecord(
-                tuple(versions[name]), description, tuple(json.loads(tags)), bool(is_pinned), expires, aliases[name]
+            if visibility not in VISIBILITIES:
+                raise LookupError(f"{quoted(name)} has the visibility {quoted(visibility)}")
+            records[key] = AdapterRecord(
+                tuple(versions[key]),
+                description,
+                tuple(json.loads(tags)),
+                bool(is_pinned),
+                expires,
+                aliases[key],
+                visibility,
             )
         if records.keys() != versions.keys():
             raise LookupError("a version has no name")
-        return records
+        return tuple(records.values())
 
     @contextmanager
     def _transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:

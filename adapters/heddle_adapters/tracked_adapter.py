@@ -7,8 +7,9 @@ absent -> queued -> reading -> staged -> copying -> resident
 from __future__ import annotations
 
 import time
+from collections import Counter
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class TrackedAdapter:
     state: State = State.ABSENT
     num_waiting: int = 0  # requests that have not started
     num_references: int = 0  # running requests, and mixes of them
+    users: Counter[str] = field(default_factory=Counter)  # those running requests, by tenant
     is_pinned: bool = False
     is_forgotten: bool = False  # to be removed as soon as nobody uses it
     failure: Exception | None = None  # of the last load, until those who waited for it are gone
@@ -52,6 +54,11 @@ class TrackedAdapter:
     placed: PlacedAdapter | None = None  # while resident
     published_at: float = 0.0
     last_used: float = 0.0
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether no request runs on it and no pin keeps it."""
+        return not self.users and not self.is_pinned
 
     @property
     def num_pages(self) -> int:

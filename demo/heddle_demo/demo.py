@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 import webbrowser
@@ -13,6 +12,9 @@ from rich.console import Console
 from heddle_demo.data import BASE_DIR, BASE_NAME
 from heddle_demo.tour import say_where_to_look, take_tour
 from heddle_server.api.serving import serve
+from heddle_server.audit_log import AuditLog
+from heddle_server.config import ConfigError
+from heddle_server.key_store import KeyStore
 from heddle_server.options import ServeOptions
 
 POOL_BYTES = 64 << 20  # plenty for the embedded base: thousands of tokens and all adapters
@@ -25,12 +27,15 @@ def run_demo(options: ServeOptions, *, tour_only: bool, open_browser: bool) -> N
     browser only where somebody sits at a terminal.
     """
     with tempfile.TemporaryDirectory(prefix="heddle-demo-") as folder:
-        chosen = dataclasses.replace(
-            options,
-            served_name=options.served_name or BASE_NAME,
-            pool_bytes=options.pool_bytes or (None if options.memory_fraction else POOL_BYTES),
-            store=Path(folder) if options.store == ServeOptions.store else options.store,
+        chosen = options.model_copy(
+            update={
+                "model_name": options.model_name or BASE_NAME,
+                "pool_bytes": options.pool_bytes or (None if options.memory_fraction else POOL_BYTES),
+                "store": options.store if "store" in options.model_fields_set else Path(folder),
+            }
         )
+        if "store" in options.model_fields_set:
+            _check_open(chosen.store.expanduser().resolve())
         console = Console()
 
         async def companion(address: str) -> int | None:
@@ -44,3 +49,13 @@ def run_demo(options: ServeOptions, *, tour_only: bool, open_browser: bool) -> N
             return None
 
         serve(chosen.config(str(BASE_DIR)), companion=companion)
+
+
+def _check_open(store_path: Path) -> None:
+    """Raises `ConfigError` for a store with keys, and `StoreUnusable`."""
+    with KeyStore(store_path, AuditLog(store_path)) as keys:
+        if keys.has_keys:
+            raise ConfigError(
+                f"--store is {store_path}, whose server answers nobody without an API key, and the tour has none. Name "
+                "another store, or leave it out."
+            )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heddle_server.options import format_size
+from heddle_server.commands.server_flags import DEFAULT_SERVER, ApiKey, ServerUrl
+from heddle_server.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from heddle_server.adapters_client import AdaptersClient
 
-DEFAULT_SERVER = "http://127.0.0.1:8000"
 PIPED_COLUMNS = 200  # of a table that no terminal limits
 
 app = typer.Typer(
@@ -41,8 +41,8 @@ def parse_duration(text: str) -> int:
     return int(match["number"]) * _UNIT_SECONDS[match["unit"]]
 
 
-Server = Annotated[
-    str, typer.Option("--server", metavar="URL", envvar="HEDDLE_SERVER", help="Address of the running server.")
+Visibility = Annotated[
+    str | None, typer.Option("--visibility", metavar="private|public", help="public: every tenant may use it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print what the server says, as JSON.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's name, perhaps with its namespace: team/sql.")]
@@ -62,11 +62,13 @@ def push_command(
         int | None,
         typer.Option("--ttl", parser=parse_duration, metavar="TIME", help="Delete it after 12h, 7d, ...; 0: never."),
     ] = None,
+    visibility: Visibility = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check it and say what memory it would take; store nothing.")
     ] = False,
     as_json: Json = False,
-    server: Server = DEFAULT_SERVER,
+    server: ServerUrl = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
     """Upload the adapter in DIR, or a new version of it."""
     _check_folder(folder)
@@ -78,9 +80,10 @@ def push_command(
         "description": description,
         "pinned": "true" if pin else None,
         "ttl_seconds": None if ttl is None else str(ttl),
+        "visibility": visibility,
     }
     texts = {part: text for part, text in said.items() if text is not None}
-    with _client(server) as client, _progress(folder) as on_sent:
+    with _client(server, api_key) as client, _progress(folder) as on_sent:
         reply = client.push(folder, texts, is_dry_run=dry_run, on_sent=on_sent)
     if as_json:
         _print_json(reply)
@@ -99,15 +102,17 @@ def list_command(
     status: Annotated[str | None, typer.Option("--status", help="ready or quarantined.")] = None,
     tier: Annotated[str | None, typer.Option("--tier", help="On the device, in host memory (host) or on disk.")] = None,
     pinned: Annotated[bool | None, typer.Option("--pinned/--not-pinned", help="Kept on the device, or not.")] = None,
+    visibility: Visibility = None,
     as_json: Json = False,
-    server: Server = DEFAULT_SERVER,
+    server: ServerUrl = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
-    """List the adapters, all or those that pass the filters."""
-    asked = {"q": part, "tag": tag, "method": method, "status": status, "tier": tier}
+    """List your adapters and the public ones, all or those that pass the filters."""
+    asked = {"q": part, "tag": tag, "method": method, "status": status, "tier": tier, "visibility": visibility}
     filters = {key: value for key, value in asked.items() if value is not None}
     if pinned is not None:
         filters["pinned"] = str(pinned).lower()
-    with _client(server) as client:
+    with _client(server, api_key) as client:
         cards = list(client.cards(filters))
     if as_json:
         _print_json(cards)
@@ -119,10 +124,11 @@ def list_command(
 def show_command(
     reference: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME@3, NAME@prod or NAME@sha256:...")],
     as_json: Json = False,
-    server: Server = DEFAULT_SERVER,
+    server: ServerUrl = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
     """Show one adapter, and its versions."""
-    with _client(server) as client:
+    with _client(server, api_key) as client:
         card = client.card(reference)
         versions = client.versions(card["name"])
     if as_json:
@@ -139,12 +145,13 @@ def alias_command(
         str | None, typer.Argument(metavar="TARGET", help="Version number, another alias, or sha256:...")
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Make the alias mean nothing.")] = False,
-    server: Server = DEFAULT_SERVER,
+    server: ServerUrl = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
     """Make NAME@ALIAS mean another version from now on."""
     if remove == (target is not None):
         raise typer.BadParameter("give either a TARGET or --remove.")
-    with _client(server) as client:
+    with _client(server, api_key) as client:
         if target is None:
             removed = client.remove_alias(name, alias)
             typer.echo(f"{name}@{alias} is gone; it meant version {removed['version']}")
@@ -165,22 +172,42 @@ def alias_command(
 def pin_command(
     name: Name,
     unpin: Annotated[bool, typer.Option("--unpin", help="Let it give way again.")] = False,
-    server: Server = DEFAULT_SERVER,
+    server: ServerUrl = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
     """Keep an adapter's newest version on the device."""
-    with _client(server) as client:
+    with _client(server, api_key) as client:
         client.change(name, pinned=not unpin)
     typer.echo(f"{name} may give way to others again" if unpin else f"{name} stays on the device")
+
+
+@app.command("publish")
+def publish_command(
+    name: Name,
+    undo: Annotated[bool, typer.Option("--undo", help="Make it private again.")] = False,
+    owner: Annotated[
+        str | None, typer.Option("--owner", metavar="TENANT", help="Whose it is (default: your key's tenant's).")
+    ] = None,
+    server: ServerUrl = DEFAULT_SERVER,
+    api_key: ApiKey = None,
+) -> None:
+    """Let every tenant of the server use an adapter; needs a key with the scope admin."""
+    with _client(server, api_key) as client:
+        client.change(name, owner=owner, visibility="private" if undo else "public")
+    typer.echo(
+        f"{name} is private: only its owner can use it" if undo else f"{name} is public: every tenant can use it"
+    )
 
 
 @app.command("rm")
 def remove_command(
     reference: Annotated[str, typer.Argument(metavar="REF", help="NAME for all its versions, or NAME@3 for one.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    server: Server = DEFAULT_SERVER,
+    server: ServerUrl = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
     """Delete an adapter or one version; running requests finish on it."""
-    with _client(server) as client:
+    with _client(server, api_key) as client:
         if not yes:
             card = client.card(reference)
             everything = f"{reference} with {_count(card['num_versions'], 'version')}"
@@ -193,12 +220,12 @@ def remove_command(
 
 
 @contextmanager
-def _client(server: str) -> Iterator[AdaptersClient]:
+def _client(server: str, api_key: str | None) -> Iterator[AdaptersClient]:
     """A client whose errors end the command with status 1 and one line."""
     from heddle_server.adapters_client import AdaptersClient, ServerError
 
     try:
-        yield AdaptersClient(server)
+        yield AdaptersClient(server, api_key)
     except ServerError as error:
         typer.secho(f"heddle: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
@@ -231,8 +258,8 @@ def _progress(folder: Path) -> Iterator[Callable[[int], None]]:
 
     from heddle_server.adapters_client import FILES
 
-    console = _console(stderr=True)
-    with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
+    terminal = console(stderr=True)
+    with Progress(transient=True, console=terminal, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("uploading", total=sum((folder / file).stat().st_size for file in FILES))
         yield lambda num_bytes: progress.advance(task, num_bytes)
 
@@ -262,7 +289,8 @@ def _print_table(cards: list[dict[str, Any]], *, is_filtered: bool) -> None:
         remedy = "give other filters" if is_filtered else "upload one with `heddle adapters push DIR`"
         typer.echo(f"no adapters; {remedy}")
         return
-    table = _table("name", "version", "method", "rank", "pool", "tier", "status", "aliases", "tags", "expires")
+    columns = ("name", "version", "method", "rank", "pool", "tier", "status", "owner", "aliases", "tags", "expires")
+    table = simple_table(*columns)
     for card in cards:
         table.add_row(
             _plain(card["name"]),
@@ -272,11 +300,12 @@ def _print_table(cards: list[dict[str, Any]], *, is_filtered: bool) -> None:
             _pool_size(card),
             card["tier"] + (", pinned" if card["pinned"] else ""),
             card["status"],
+            _plain(card["owner"]) + (", public" if card["visibility"] == "public" else ""),
             _plain(_aliases(card)),
             _plain(", ".join(card["tags"])),
-            _time(card["expires"]),
+            time_text(card["expires"]),
         )
-    _console().print(table)
+    console().print(table)
 
 
 def _print_card(card: dict[str, Any], versions: list[dict[str, Any]]) -> None:
@@ -291,37 +320,37 @@ def _print_card(card: dict[str, Any], versions: list[dict[str, Any]]) -> None:
         "is": f"{card['status']}, {card['tier']}" + (", pinned" if card["pinned"] else ""),
         "reason": card["reason"],
         "aliases": _aliases(card),
-        "expires": _time(card["expires"]),
-        "created": _time(card["created"]),
-        "owner": card["owner"],
+        "expires": time_text(card["expires"]),
+        "created": time_text(card["created"]),
+        "owner": f"{card['owner']}, {card['visibility']}",
         "digest": card["digest"],
     }
     width = max(map(len, lines))
     for label, value in lines.items():
         if value:
             typer.echo(f"{label:<{width}}  {_plain(value)}")
-    table = _table("version", "aliases", "method", "rank", "tier", "status", "created", "digest")
+    table = simple_table("version", "aliases", "method", "rank", "tier", "status", "created", "digest")
     for each in reversed(versions):
         aliases, method = _plain(", ".join(each["aliases"])), _plain(each["method"])
-        state = (each["tier"], each["status"], _time(each["created"]), each["digest"].removeprefix("sha256:")[:12])
+        state = (each["tier"], each["status"], time_text(each["created"]), each["digest"].removeprefix("sha256:")[:12])
         table.add_row(str(each["version"]), aliases, method, _rank(each), *state)
-    _console().print(table)
+    console().print(table)
 
 
-def _table(*columns: str) -> Table:
+def simple_table(*columns: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     return Table(*columns, box=SIMPLE_HEAD)
 
 
-def _console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    console = Console(stderr=stderr, markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPED_COLUMNS
-    return console
+    terminal = Console(stderr=stderr, markup=False, highlight=False)
+    if not terminal.is_terminal:
+        terminal.width = PIPED_COLUMNS
+    return terminal
 
 
 def _plain(text: object) -> str:
@@ -347,7 +376,7 @@ def _pool_size(card: dict[str, Any]) -> str:
     return format_size(card["pool_bytes_estimate"]) if card["pool_bytes_estimate"] is not None else "?"
 
 
-def _time(unix_seconds: int | None) -> str:
+def time_text(unix_seconds: int | None) -> str:
     """Local time, to the minute; nothing for never."""
     if unix_seconds is None:
         return ""

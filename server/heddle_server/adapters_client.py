@@ -28,7 +28,7 @@ class ServerError(Exception):
 class AdaptersClient:
     """One server. Every method raises `ServerError`."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, api_key: str | None = None) -> None:
         """`server` is a URL, or host and port; a path in it is put before the API's own."""
         url = urlsplit(server if "://" in server else f"http://{server}")
         if url.scheme not in ("http", "https") or not url.hostname:
@@ -39,6 +39,7 @@ class AdaptersClient:
             raise ServerError(f"{printable(server)} is no server's address: {error}.") from None
         self._connect = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         self._address = f"{url.scheme}://{url.netloc}"
+        self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._prefix = url.path.rstrip("/").removesuffix("/v1") + ADAPTERS_PATH
 
     def push(
@@ -93,8 +94,10 @@ class AdaptersClient:
         versions: list[dict[str, Any]] = self._ask("GET", _path(name) + "/versions")["data"]
         return versions
 
-    def change(self, name: str, **changes: object) -> dict[str, Any]:
-        return self._send("PATCH", _path(name), changes)
+    def change(self, name: str, *, owner: str | None = None, **changes: object) -> dict[str, Any]:
+        """Of another `owner` than the key's own with an admin's key only."""
+        query = "" if owner is None else f"?{urlencode({'owner': owner})}"
+        return self._send("PATCH", _path(name) + query, changes)
 
     def set_alias(self, name: str, alias: str, target: str) -> dict[str, Any]:
         return self._send("PUT", f"{_path(name)}/aliases/{quote(alias, safe='')}", {"target": target})
@@ -135,7 +138,7 @@ class AdaptersClient:
         headers: Mapping[str, str],
     ) -> http.client.HTTPResponse:
         connection.putrequest(method, path)
-        for name, value in headers.items():
+        for name, value in {**self._headers, **headers}.items():
             connection.putheader(name, value)
         connection.endheaders()
         for chunk in body:
@@ -154,7 +157,8 @@ class AdaptersClient:
             return content
         error = content.get("error") if isinstance(content, dict) else None
         if isinstance(error, dict) and isinstance(error.get("message"), str):
-            raise ServerError(printable(error["message"]))
+            hint = " Give it with --api-key or HEDDLE_API_KEY." if error.get("code") == "missing_api_key" else ""
+            raise ServerError(printable(error["message"]) + hint)
         raise ServerError(f"{self._address} answers HTTP {response.status}; is it a heddle server?")
 
 

@@ -1,29 +1,70 @@
-"""`heddle`: the command line. Imports the server only when a command needs it, so that --help is quick."""
+"""`heddle`: the command line. A command's module is imported when it is used, so that --help is quick."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from heddle_server import adapters_cli, bench_cli
-from heddle_server.options import ServeOptions, with_serve_options
-from heddle_server.version import heddle_version
+# In the order of --help. A module's `app` has the command, whose help begins with these words.
+COMMANDS = {
+    "serve": ("heddle_server.commands.serve", "Serve MODEL and its adapters over an OpenAI-compatible API."),
+    "demo": ("heddle_demo.command", "Serve the embedded base, with a tour of its adapters."),
+    "chat": ("heddle_server.commands.chat", "Talk with a running server in the terminal."),
+    "adapters": ("heddle_server.adapters_cli", "Push, list, show, alias, pin and remove a server's adapters."),
+    "keys": ("heddle_server.keys_cli", "Create, list and revoke API keys, and limit tenants."),
+    "top": ("heddle_server.commands.top", "Watch what a running server holds in memory and does."),
+    "doctor": ("heddle_server.commands.doctor", "Check this machine, or that a running server keeps adapters apart."),
+    "estimate": ("heddle_server.commands.estimate", "Say what of MODEL, adapters and contexts fits into memory."),
+    "bench": ("heddle_server.bench_cli", "Measure, on this machine."),
+}
+
+
+class CommandsByName(Mapping[str, Any]):
+    """Each command, imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        module, _ = COMMANDS[name]
+        holder = typer.Typer(rich_markup_mode=None)
+        holder.add_typer(import_module(module).app)
+        return typer.main.get_group(holder).commands[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class LazyGroup(TyperGroup):
+    """Lists its commands from the table, without importing one."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = CommandsByName()  # type: ignore[assignment]  # nothing is ever added
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, words) for name, (_, words) in COMMANDS.items()])
+
 
 app = typer.Typer(
     name="heddle",
+    cls=LazyGroup,
     help="One 4-bit base model, a different adapter for every request of a batch.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # its tables cut long options off on a terminal of 80 columns
 )
 
-app.add_typer(adapters_cli.app)
-app.add_typer(bench_cli.app)
-
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
+        from heddle_server.version import heddle_version
+
         typer.echo(f"heddle {heddle_version()}")
         raise typer.Exit
 
@@ -35,51 +76,6 @@ def options(
     ] = False,
 ) -> None:
     """Options of every command."""
-
-
-@app.command("serve")
-@with_serve_options
-def serve_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or hub id of a transformers causal LM.")],
-    options: ServeOptions,
-) -> None:
-    """Serve MODEL and its adapters over an OpenAI-compatible API.
-
-    Every option is also an environment variable: --pool-bytes is HEDDLE_POOL_BYTES.
-    """
-    from heddle_server.api.serving import serve
-
-    serve(options.config(model))
-
-
-@app.command("demo")
-@with_serve_options
-def demo_command(
-    options: ServeOptions,
-    tour: Annotated[bool, typer.Option("--tour", help="End after the tour; status 1 if an answer was wrong.")] = False,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the server's page.")] = True,
-) -> None:
-    """Serve the embedded base, with a tour of its adapters."""
-    from heddle_demo.demo import run_demo
-
-    run_demo(options, tour_only=tour, open_browser=browser)
-
-
-@app.command("top")
-def top_command(
-    server: adapters_cli.Server = adapters_cli.DEFAULT_SERVER,
-    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
-) -> None:
-    """Watch what a running server holds in memory and does."""
-    from heddle_server.adapters_client import ServerError
-    from heddle_server.top import run_top
-
-    try:
-        run_top(server, interval, once)
-    except ServerError as error:
-        typer.secho(f"heddle: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
 
 
 def main() -> None:

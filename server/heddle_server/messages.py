@@ -39,7 +39,7 @@ class PrepareAdapter(msgspec.Struct, frozen=True, tag=True):
 class PinAdapters(msgspec.Struct, frozen=True, tag=True):
     """All adapters that are to stay on the device from now on, in place of those pinned before."""
 
-    adapter_digests: tuple[str, ...]
+    tenants: dict[str, str]  # by adapter digest: in whose share of the pool it counts
 
 
 class DescribeCache(msgspec.Struct, frozen=True, tag=True):
@@ -116,6 +116,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
     error_message: str | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     admission: AdmissionReport | None = None  # with the first token
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # with the first token, if asked for: all but the first's
 
 
 class EngineStats(msgspec.Struct, frozen=True):

@@ -17,10 +17,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0  # (0, 1]
     top_k: int = 0  # 0 = all tokens
+    min_p: float = 0.0  # [0, 1]: only tokens at least this fraction as likely as the likeliest
     seed: int = 0  # with the position decides every draw; the API process draws one if the client gave none
     stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence ids
     ignore_eos: bool = False
+    min_tokens: int = 0  # before it nothing ends the answer but its grammar; at most max_tokens
+    presence_penalty: float = 0.0  # taken once from the logit of every token of the answer so far
+    frequency_penalty: float = 0.0  # taken as often as the answer has the token
+    repetition_penalty: float = 1.0  # > 0: positive logits of tokens of prompt and answer over it, negative times it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    grammar: str | None = None  # what the answer must follow, as llguidance writes grammars
     num_logprobs: int | None = None  # None = no logprobs; 0 = the chosen token's only; at most MAX_LOGPROBS
+    num_prompt_logprobs: int | None = None  # the same for the prompt's own tokens, but for the first
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the next token can only be chosen by who knows all those before it."""
+        has_penalty = bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+        return has_penalty or self.grammar is not None
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the model's logits are not what is drawn from."""
+        return self.reads_tokens or bool(self.logit_bias) or self.min_tokens > 0
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from heddle_demo.bench.random_adapters import RandomAdapters, fill_store
 from heddle_server.config import PAGE_TOKENS, DeviceName, EngineConfig, KernelsName, LoadFormat
 from heddle_server.engine.engine import Engine
 from heddle_server.messages import TokenOutput
-from heddle_server.request import Request, SamplingParams
+from heddle_server.request import LOCAL_TENANT, Request, SamplingParams
 
 WAIT_SECONDS = 0.001  # while the engine waits for an adapter
 ROWS_ROOM = 1.2  # of the rows: page ends, and the vectors
@@ -51,7 +51,7 @@ class HeddleArm:
     def bring_adapters(self) -> None:
         """One request to each, so that none is loaded while something is measured; from then on all stay."""
         deadline = time.monotonic() + FIRST_LOAD_SECONDS
-        self.engine.pin_adapters(tuple(self._digests))
+        self.engine.pin_adapters(dict.fromkeys(self._digests, LOCAL_TENANT))
         for number in range(len(self._digests)):
             self.engine.add(self._request([number], number, num_new_tokens=1))
         while self.engine.has_requests:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from heddle_adapters.checkpoint import Checkpoint
-from heddle_adapters.errors import AdapterNotFound
 from heddle_adapters.store import AdapterStore
-from heddle_adapters.store_index import LOCAL_OWNER, AdapterRecord, AdapterVersion
+from heddle_adapters.store_index import AdapterRecord, AdapterVersion
 from heddle_server.api.adapter_protocol import Status
 from heddle_server.api.engine_client import EngineClient
 from heddle_server.api.pool_room import PoolRoom
@@ -25,17 +24,14 @@ class AdapterCards:
         """What a name means now, and what is said about it."""
         return self._card(record.latest, record)
 
-    def of_reference(self, reference: str) -> dict[str, Any]:
-        """The version that a reference means, and what is said about its name; raises `AdapterNotFound`."""
-        version = self._store.resolve(reference)
-        return self._card(version, self._store.record(version.name))
+    def of_reference(self, reference: str, tenant: str) -> dict[str, Any]:
+        """The version that a reference means to a tenant, and what is said about its name; raises `AdapterNotFound`."""
+        version = self._store.resolve(reference, tenant)
+        return self._card(version, self._store.record(version.name, tenant))
 
     def of_upload(self, version: AdapterVersion) -> dict[str, Any]:
         """The version that was just stored, even if somebody else has deleted it since."""
-        try:
-            return self._card(version, self._store.record(version.name))
-        except AdapterNotFound:
-            return self._card(version, None)
+        return self._card(version, self._store.own(version.name, version.owner))
 
     def of_version(self, version: AdapterVersion, record: AdapterRecord) -> dict[str, Any]:
         """One version of a name, without what is said about the name as a whole."""
@@ -58,9 +54,10 @@ class AdapterCards:
             **self._content(checkpoint),
             "status": "ready",
             "reason": None,
-            "tier": self._engine.tier_of(checkpoint.digest),
+            # Where another tenant's same content lies is nobody else's business.
+            "tier": self._engine.tier_of(checkpoint.digest) if validation.references else "disk",
             "created": existing.created_unix_seconds if existing else None,
-            **_details(record),
+            **_details(validation.owner, record),
         }
         return {
             "object": "adapter.validation",
@@ -87,7 +84,7 @@ class AdapterCards:
             "id": version.name if is_latest else version.reference,
             "object": "adapter",
             **self._version(version),
-            **_details(record),
+            **_details(version.owner, record),
         }
 
     def _version(self, version: AdapterVersion) -> dict[str, Any]:
@@ -114,10 +111,11 @@ class AdapterCards:
         }
 
 
-def _details(record: AdapterRecord | None) -> dict[str, Any]:
+def _details(owner: str, record: AdapterRecord | None) -> dict[str, Any]:
     """What is said about a name; for one that does not exist, what is said about it by default."""
     return {
-        "owner": record.owner if record else LOCAL_OWNER,
+        "owner": owner,
+        "visibility": record.visibility if record else "private",
         "pinned": record.is_pinned if record else False,
         "expires": record.expires_unix_seconds if record else None,
         "tags": list(record.tags) if record else [],
@@ -130,5 +128,10 @@ def _details(record: AdapterRecord | None) -> dict[str, Any]:
 def _announced(validation: Validation) -> dict[str, Any]:
     """What the upload itself says about the name; its alias and time to live begin with the real upload."""
     said = validation.details
-    announced = {"tags": said.tags, "description": said.description, "pinned": said.is_pinned}
+    announced = {
+        "tags": said.tags,
+        "description": said.description,
+        "pinned": said.is_pinned,
+        "visibility": said.visibility,
+    }
     return {field: value for field, value in announced.items() if value is not None}

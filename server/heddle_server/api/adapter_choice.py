@@ -17,6 +17,12 @@ class ChosenAdapter:
     reference: str  # as the client wrote it
     scale: float
     version: AdapterVersion
+    asker: str  # the tenant whose request it is
+
+    @property
+    def told_reference(self) -> str:
+        """The version; another owner's with the owner, as the asker may have one of the same name."""
+        return self.version.reference if self.version.owner == self.asker else self.version.full_reference
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,13 @@ class AdapterChoice:
 
     @property
     def references(self) -> tuple[str, ...]:
-        return tuple(each.reference for each in self.adapters)
+        """As the client wrote them, but with full names."""
+        return tuple(each.version.full_name + each.reference.removeprefix(each.version.name) for each in self.adapters)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names without version or alias, each once."""
-        return tuple(dict.fromkeys(each.version.name for each in self.adapters))
+        """Full names without version or alias, each once."""
+        return tuple(dict.fromkeys(each.version.full_name for each in self.adapters))
 
     def check(self) -> None:
         """Raises what forbids to use these adapters together, or with these scales."""

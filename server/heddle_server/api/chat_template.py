@@ -6,9 +6,11 @@ Renders what transformers' `apply_chat_template` renders (a test compares them) 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -20,13 +22,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from heddle_server.api.errors import InvalidRequest
 from heddle_server.config import ConfigError
 
-ChatMessage = Mapping[str, str]
+ChatMessage = Mapping[str, Any]
+TEMPLATE_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+
+
+# Templates refuse what they cannot say (roles that do not alternate, ...) by raising: the request's fault.
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
 
 
 class ChatTemplate:
     """One model's template; `source` is None for a model that has none."""
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._knows_developer = source is not None and "developer" in source
         try:
@@ -43,27 +51,48 @@ class ChatTemplate:
         source = file.read_text(encoding="utf-8") if file.is_file() else _default_template(config.get("chat_template"))
         return cls(source, special_tokens)
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The prompt up to where the assistant's answer starts."""
+    def knows(self, variable: str) -> bool:
+        """Whether the template looks at a variable at all."""
+        return self.source is not None and variable in self.source
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The chat as text, up to where the assistant's answer starts."""
         if self._template is None:
             raise InvalidRequest(
                 "This model has no chat template. Use /v1/completions with a prompt of your own.", param="messages"
             )
         try:
             return self._template.render(
+                **{**self._special_tokens, **variables},
                 messages=[self._plain(message) for message in messages],
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
+                add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            # Templates refuse what they cannot say (roles that do not alternate, ...) by raising: the request's fault.
+        except _REFUSALS as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
 
-    def _plain(self, message: ChatMessage) -> dict[str, str]:
+    def render_open(self, messages: Sequence[ChatMessage], *arguments: Any, **options: Any) -> str:
+        """The chat as text up to the end of the last message's words, so that an answer goes on from them."""
+        end = secrets.token_hex(16)  # stands where the words end, and nowhere else
+        last = {**messages[-1], "content": f"{messages[-1]['content']}{end}"}
+        text = self.render([*messages[:-1], last], *arguments, add_generation_prompt=False, **options)
+        words, mark, _ = text.partition(end)
+        if not mark:
+            message = "The model's chat template does not show the last message, so nothing can go on from it."
+            raise InvalidRequest(message, param="continue_final_message")
+        return words
+
+    def _plain(self, message: ChatMessage) -> dict[str, Any]:
         role = message["role"]
         # OpenAI's newer word for "system"; few templates have heard of it.
         is_renamed = role == "developer" and not self._knows_developer

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -153,9 +153,12 @@ class EngineClient:
         """Content that was just stored: the engine compiles its rows when it has time."""
         self._send(PrepareAdapter(digest))
 
-    def pin_adapters(self, digests: Sequence[str]) -> None:
-        """All adapters that are to stay on the device from now on; a new engine knows of none until it is told."""
-        self._send(PinAdapters(tuple(digests)))
+    def pin_adapters(self, tenants: Mapping[str, str]) -> None:
+        """All adapters that are to stay on the device from now on, each with the tenant in whose share it counts.
+
+        A new engine knows of none until it is told.
+        """
+        self._send(PinAdapters(dict(tenants)))
 
     def tier_of(self, digest: str) -> Tier:
         """Where the engine last said that the adapter is."""

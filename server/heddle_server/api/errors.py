@@ -9,7 +9,16 @@
     │   ├── ContextLengthExceeded     prompt, or prompt and answer, over the context
     │   ├── UnsupportedEncoding       a compressed body
     │   └── BodyTooLarge
+    ├── MissingApiKey             the server has keys, and the request has none
+    ├── InvalidApiKey             the request's key is unknown, revoked or expired
+    ├── Forbidden                 the key is good, but not for this
+    │   ├── InsufficientScope         it lacks the scope that the route needs
+    │   ├── RouteClosed               the route is in no line of the access table
+    │   ├── ForbiddenOrigin           another site's page, or another host name, where nobody needs a key
+    │   └── QuotaExceeded             more than the tenant may store
+    ├── RateLimitExceeded         more than the tenant may send at once
     ├── ModelNotFound             no base and no adapter of that name
+    ├── NotServed                 a route of OpenAI's for what this server does not do
     ├── EngineUnavailable         not loaded yet, restarting, or lost while it answered
     ├── Overloaded                more work than the server can do in time
     ├── TenantOverloaded          more than one tenant's share of it
@@ -37,6 +46,8 @@ from heddle_adapters.errors import (
     AdapterNotFound,
     InvalidAdapter,
     InvalidAdapterName,
+    NameTaken,
+    NotTheOwner,
     StoreUnusable,
 )
 
@@ -90,8 +101,44 @@ class BodyTooLarge(InvalidRequest):
     """The body is over its limit."""
 
 
+class MissingApiKey(ApiError):
+    """The server has keys, and the request has none."""
+
+
+class InvalidApiKey(ApiError):
+    """The request's key is none that counts."""
+
+
+class Forbidden(ApiError):
+    """It is known who asks, and they may not."""
+
+
+class InsufficientScope(Forbidden):
+    """The key's scopes do not cover the route."""
+
+
+class RouteClosed(Forbidden):
+    """Nobody has said who may use the route."""
+
+
+class ForbiddenOrigin(Forbidden):
+    """A page of another site may have sent it, and nobody needs a key here."""
+
+
+class QuotaExceeded(Forbidden):
+    """The tenant may not store or pin that much."""
+
+
+class RateLimitExceeded(ApiError):
+    """The tenant has sent more than it may."""
+
+
 class ModelNotFound(ApiError):
     """Neither the base nor an adapter answers to this name."""
+
+
+class NotServed(ApiError):
+    """What OpenAI has a route for, and this server is not made for."""
 
 
 class EngineUnavailable(ApiError):
@@ -139,7 +186,16 @@ KINDS: Mapping[type[Exception], ErrorKind] = {
     ContextLengthExceeded: ErrorKind(400, _INVALID, "context_length_exceeded"),
     UnsupportedEncoding: ErrorKind(415, _INVALID, "unsupported_encoding"),
     BodyTooLarge: ErrorKind(413, _INVALID, "body_too_large"),
+    MissingApiKey: ErrorKind(401, _INVALID, "missing_api_key"),
+    InvalidApiKey: ErrorKind(401, _INVALID, "invalid_api_key"),
+    Forbidden: ErrorKind(403, _INVALID, "forbidden"),
+    InsufficientScope: ErrorKind(403, _INVALID, "insufficient_scope"),
+    RouteClosed: ErrorKind(403, _INVALID, "route_closed"),
+    ForbiddenOrigin: ErrorKind(403, _INVALID, "forbidden_origin"),
+    QuotaExceeded: ErrorKind(403, _INVALID, "quota_exceeded"),
+    RateLimitExceeded: ErrorKind(429, _LIMIT, "rate_limit_exceeded"),
     ModelNotFound: ErrorKind(404, _INVALID, "model_not_found"),
+    NotServed: ErrorKind(404, _INVALID, "not_served"),
     EngineUnavailable: ErrorKind(503, _SERVER, "engine_unavailable"),
     Overloaded: ErrorKind(503, _SERVER, "overloaded"),
     TenantOverloaded: ErrorKind(429, _LIMIT, "tenant_overloaded"),
@@ -148,6 +204,8 @@ KINDS: Mapping[type[Exception], ErrorKind] = {
     GenerationFailed: ErrorKind(500, _SERVER, "internal_error"),
     AdapterError: ErrorKind(400, _INVALID, "invalid_adapter_request"),
     AdapterNotFound: ErrorKind(404, _INVALID, "adapter_not_found"),
+    NotTheOwner: ErrorKind(403, _INVALID, "not_the_owner"),
+    NameTaken: ErrorKind(409, _INVALID, "name_taken"),
     InvalidAdapterName: ErrorKind(400, _INVALID, "invalid_adapter_name"),
     InvalidAdapter: ErrorKind(422, _INVALID, "invalid_adapter"),
     AdapterIncompatible: ErrorKind(422, _INVALID, "adapter_incompatible"),
@@ -178,6 +236,8 @@ def error_response(error: Exception) -> Response:
     kind = kind_of(error)
     seconds = error.retry_after_seconds if isinstance(error, ApiError) else RETRY_AFTER_SECONDS
     headers = {"retry-after": str(seconds)} if kind.status in (429, 503) else None
+    if kind.status == 401:
+        headers = {"www-authenticate": "Bearer"}
     return _json_response(envelope(error), kind.status, headers)
 
 
@@ -203,6 +263,8 @@ def engine_error(code: str | None, message: str | None) -> Exception:
             return AdapterCapacity(text, param="adapter")
         case "store_unusable":
             return StoreUnusable(text, param="adapter")
+        case "grammar_failed":
+            return InvalidRequest(text)
         case _:
             return GenerationFailed(text)
 

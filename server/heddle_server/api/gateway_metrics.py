@@ -78,11 +78,14 @@ class GatewayCollector(Collector):
         yield info
 
     def _resident(self) -> list[str]:
-        """The most used of the adapters on the device: by name where it is what the name means, else by version."""
+        """The most used of the adapters on the device: by name where it is what the name means, else by version.
+
+        Those of other owners than the local one are called `owner:name`, so that no two are one to a gateway.
+        """
         digests = self._engine.resident_digests()
         latest = [record for record in self._names.list() if record.latest.digest in digests]
         older = digests - {record.latest.digest for record in latest}
-        references = [record.name for record in latest]
+        references = [record.latest.full_name for record in latest]
         references += [reference for digest in older for reference in self._names.names_of(digest)]
         return sorted(heapq.nlargest(MAX_LISTED, references, key=self._num_uses))
 

@@ -1,7 +1,11 @@
-"""One admitted request while it is answered: engine outputs to text, counted and timed."""
+"""One admitted request while it is answered: engine outputs to what is told, counted and timed.
+
+A request may want several answers: each is a `Generation`, a request of its own to the engine.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -11,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from heddle_server.api.adapter_choice import AdapterChoice
+from heddle_server.api.answer_reader import AnswerReader, Parts
 from heddle_server.api.engine_client import EngineClient
 from heddle_server.api.errors import engine_error
 from heddle_server.api.metrics import Metrics
@@ -25,7 +30,7 @@ from heddle_server.request import Request
 class Delta:
     """What one engine output added to the answer."""
 
-    text: str
+    parts: Parts
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs]  # one per token, or none
     finish_reason: FinishReason | None  # "stop" or "length", with the last
@@ -39,43 +44,38 @@ class Generation:
         request: Request,
         *,
         adapters: AdapterChoice,
-        stop: Sequence[str],
-        is_continuation: bool,
-        created: int,
+        prompt_text: str | None,
+        text: TextStream,
+        reader: AnswerReader | None,
         engine: EngineClient,
-        tokenizer: Tokenizer,
         end_token_ids: frozenset[int],
         place: Place,
-        held: ExitStack,
         on_damaged: Callable[[str, str], None],
         metrics: Metrics,
     ) -> None:
-        """`held` is closed at the end; `on_damaged` is told each digest that the engine found damaged, and why."""
-        self.public_id = uuid.uuid4().hex
-        self.created = created  # Unix seconds
+        """`prompt_text`: the prompt where the reply repeats it; `reader` takes the text apart where there is more to it
+        than words; `on_damaged` is told each digest that the engine found damaged, and why."""
         self.adapters = adapters
-        self.tokenizer = tokenizer
+        self.prompt_text = prompt_text
+        self.prompt_token_ids = request.prompt_token_ids
+        self.prompt_logprobs: Sequence[TokenLogprobs] | None = None  # come with the first token, if asked for
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_generated_tokens = 0
+        self.num_reasoning_tokens = 0  # of those
         self.num_cached_tokens = 0
         self.admission: AdmissionReport | None = None  # comes with the first token
         self.ttft_seconds: float | None = None  # from admission to the first token
         self._request = request
         self._engine = engine
         self._end_token_ids = end_token_ids
-        self._text = TextStream(tokenizer, stop, request.prompt_token_ids if is_continuation else ())
+        self._text = text
+        self._reader = reader
         self._place = place
-        self._held = held
         self._on_damaged = on_damaged
         self._metrics = metrics
         self._outcome = "disconnect"  # until something else ends it
         self._started = time.monotonic()
         self._last_token = self._started
-
-    @property
-    def adapter_name(self) -> str | None:
-        """As the client wrote it; None for the base and for mixes."""
-        return self.adapters.single.reference if self.adapters.single else None
 
     def __enter__(self) -> Self:
         self._metrics.waiting_adapters.add(self.adapters.references)
@@ -84,7 +84,6 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._held.close()
         if self.ttft_seconds is None:
             self._metrics.waiting_adapters.remove(self.adapters.references)
         if self._outcome in ("stop", "length"):
@@ -114,11 +113,21 @@ class Generation:
         self._time(output)
         self.num_generated_tokens += len(output.token_ids)
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         text = self._text.push(self._shown(output))
         finish_reason = "stop" if self._text.is_stopped else output.finish_reason
         if finish_reason:
             text += self._text.finish()
-        return Delta(text, output.token_ids, output.logprobs or (), finish_reason)
+        parts = Parts(text) if self._reader is None else self._reader.feed(text)
+        if self._reader is not None:
+            if self._reader.is_over:
+                finish_reason = "stop"
+            if finish_reason:
+                parts += self._reader.finish()
+        if parts.reasoning:
+            self.num_reasoning_tokens += len(output.token_ids)
+        return Delta(parts, output.token_ids, output.logprobs or (), finish_reason)
 
     def _shown(self, output: TokenOutput) -> Sequence[int]:
         """The tokens that are text: the one that ended the answer is not."""
@@ -149,3 +158,76 @@ class Generation:
         # The message names the digest; where there is only one adapter, it is that one anyway.
         for digest in digests if len(digests) == 1 else [each for each in digests if each in message]:
             self._on_damaged(digest, message)
+
+
+class Answer:
+    """All that answers one HTTP request. Inside `with`, iterate `deltas` once."""
+
+    def __init__(self, generations: Sequence[Generation], tokenizer: Tokenizer, held: ExitStack) -> None:
+        """`held` is closed at the end: places in the server, and the adapters' content."""
+        self.public_id = uuid.uuid4().hex
+        self.created = int(time.time())  # Unix seconds
+        self.generations = generations
+        self.tokenizer = tokenizer
+        self._held = held
+
+    @property
+    def adapters(self) -> AdapterChoice:
+        """The same for all."""
+        return self.generations[0].adapters
+
+    @property
+    def adapter_name(self) -> str | None:
+        """As the client wrote it; None for the base and for mixes."""
+        return self.adapters.single.reference if self.adapters.single else None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as entered:
+            entered.enter_context(self._held)
+            for generation in self.generations:
+                entered.enter_context(generation)
+            self._held = entered.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.__exit__(kind, error, trace)
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """What comes, with the number of the generation it belongs to; one that fails ends all."""
+        if len(self.generations) == 1:
+            async with aclosing(self.generations[0].deltas()) as deltas:
+                async for delta in deltas:
+                    yield 0, delta
+            return
+        coming = asyncio.Queue[tuple[int, Delta | Exception | None]]()
+        tasks = [asyncio.create_task(_forward(*each, coming)) for each in enumerate(self.generations)]
+        num_open = len(tasks)
+        try:
+            while num_open:
+                number, what = await coming.get()
+                if isinstance(what, Exception):
+                    raise what
+                if what is None:
+                    num_open -= 1
+                else:
+                    yield number, what
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _forward(
+    number: int, generation: Generation, coming: asyncio.Queue[tuple[int, Delta | Exception | None]]
+) -> None:
+    """One generation's deltas, then None or what ended it."""
+    try:
+        async with aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                coming.put_nowait((number, delta))
+    except Exception as error:
+        coming.put_nowait((number, error))
+    else:
+        coming.put_nowait((number, None))

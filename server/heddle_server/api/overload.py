@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from heddle_server.api.errors import Overloaded, TenantOverloaded
+from heddle_server.api.errors import InvalidRequest, Overloaded, RateLimitExceeded, TenantOverloaded
 from heddle_server.messages import EngineStats
 
 MAX_RETRY_SECONDS = 30
+KEPT_FREE = 8  # one place in so many, while one tenant has all the others
 _RATE_MEMORY_SECONDS = 10.0  # of busy steps: older ones count for less
 _RATE_MIN_SECONDS = 1.0  # of busy steps, before their rate is believed
 _RATE_MAX_AGE_SECONDS = 30.0  # since the last busy step: what was measured longer ago may not hold any more
 _ANSWER_WEIGHT = 0.05  # of one more answer in the mean length
 
-Reason = Literal["requests", "tenant", "wait"]
+Reason = Literal["requests", "tenant", "wait", "quota"]
 
 
 class TokenRate:
@@ -63,6 +64,7 @@ class TokenRate:
 class _Load:
     """What one tenant has in flight."""
 
+    tenant: str
     num_requests: int = 0
     num_queued: int = 0  # of those, without a first token
     queued_tokens: int = 0  # of their prompts
@@ -81,17 +83,30 @@ class Place:
         self._is_cold = False
         load.num_requests += 1
 
+    def take_more(self, num_places: int) -> list[Place]:
+        """Places for the other answers of the same request; raises `Overloaded`, and `InvalidRequest` if there never
+        can be so many."""
+        self._gate.check_places(self._load, num_places)
+        return [Place(self._gate, self._load) for _ in range(num_places)]
+
     def queue(self, num_prompt_tokens: int, *, is_cold: bool = False) -> None:
-        """The prompt is known and goes to the engine; raises `Overloaded` if too many came before it meanwhile.
+        """The prompt is known and goes to the engine; raises `Overloaded` if too many came before it meanwhile, and
+        `RateLimitExceeded` if the tenant may not have so much more waiting.
 
         `is_cold`: its adapter has to come to the device first.
         """
+        self.queue_together([self], [num_prompt_tokens], is_cold=is_cold)
+
+    def queue_together(self, places: Sequence[Place], num_prompt_tokens: Sequence[int], *, is_cold: bool) -> None:
+        """`queue` for all answers of one request: either all of them wait or none."""
         self._gate.check_wait(self._load)
-        self._num_queued_tokens, self._is_cold = num_prompt_tokens, is_cold
-        self._load.num_cold += is_cold
-        self._load.cold_tokens += is_cold * num_prompt_tokens
-        self._load.num_queued += 1
-        self._load.queued_tokens += num_prompt_tokens
+        self._gate.check_queued(self._load, sum(num_prompt_tokens))
+        for place, num_tokens in zip(places, num_prompt_tokens, strict=True):
+            place._num_queued_tokens, place._is_cold = num_tokens, is_cold
+            self._load.num_cold += is_cold
+            self._load.cold_tokens += is_cold * num_tokens
+            self._load.num_queued += 1
+            self._load.queued_tokens += num_tokens
 
     def start(self) -> None:
         """The first token is there."""
@@ -129,13 +144,21 @@ class LoadGate:
         max_batch_tokens: int,
         max_batch_requests: int,
         on_refused: Callable[[Reason], None] = lambda reason: None,
+        queued_token_limit: Callable[[str], int | None] = lambda tenant: None,
+        is_shared: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`queued_token_limit` is asked how many prompt tokens a tenant may have waiting; None = any number.
+
+        Where the server `is_shared`, nobody gets the last places alone: somebody else may come any moment.
+        """
         self._max_requests = max_requests
         self._max_wait_seconds = max_wait_seconds
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_requests = max_batch_requests
         self._on_refused = on_refused
+        self._queued_token_limit = queued_token_limit
+        self._is_shared = is_shared
         self._clock = clock
         self._rate = TokenRate(clock)
         self._loads: dict[str, _Load] = {}
@@ -148,7 +171,7 @@ class LoadGate:
     def enter(self, tenant: str) -> Place:
         """A place for one more request; raises `TenantOverloaded` or `Overloaded`."""
         self._drop_idle()
-        load = self._loads.setdefault(tenant, _Load())
+        load = self._loads.setdefault(tenant, _Load(tenant))
         num_requests, share = self.num_requests, self._max_requests // len(self._loads)
         if len(self._loads) > 1 and load.num_requests >= max(1, share):
             self._on_refused("tenant")
@@ -156,7 +179,7 @@ class LoadGate:
                 f"You have {load.num_requests} requests in flight, your share while others wait for theirs. "
                 "Try again when some of them have ended."
             )
-        if num_requests >= self._max_requests:
+        if num_requests >= self._max_places(is_alone=len(self._loads) == 1):
             load.refused_at = self._clock()
             self._on_refused("requests")
             raise Overloaded(f"The server has {num_requests} requests in flight, as many as it takes. Try again later.")
@@ -176,6 +199,38 @@ class LoadGate:
             f"{self._max_wait_seconds:g} s. Try again later.",
             retry_after_seconds=min(max(excess, 1), MAX_RETRY_SECONDS),
         )
+
+    def check_queued(self, load: _Load, num_prompt_tokens: int) -> None:
+        """Raises `RateLimitExceeded` where so many tokens more would be over the tenant's limit.
+
+        One request may always wait, however long it is: otherwise it never could be answered.
+        """
+        limit = self._queued_token_limit(load.tenant)
+        if limit is None or not load.num_queued or load.queued_tokens + num_prompt_tokens <= limit:
+            return
+        self._on_refused("quota")
+        raise RateLimitExceeded(
+            f"Your prompts that wait have {load.queued_tokens} tokens, this request's have {num_prompt_tokens}, "
+            f"and {limit} may wait. Try again when some of them are being answered."
+        )
+
+    def check_places(self, load: _Load, num_places: int) -> None:
+        """Raises `Overloaded` where so many more are not free, and `InvalidRequest` where they never can be."""
+        if num_places >= self._max_places(is_alone=True):
+            raise InvalidRequest(
+                f"{num_places + 1} answers at once are more than this server ever takes. Ask for fewer.", param="n"
+            )
+        if self.num_requests + num_places > self._max_places(is_alone=len(self._loads) == 1):
+            load.refused_at = self._clock()
+            self._on_refused("requests")
+            raise Overloaded(
+                f"The server has {self.num_requests} requests in flight and no places for {num_places} more answers. "
+                "Try again later, or ask for fewer at once."
+            )
+
+    def _max_places(self, *, is_alone: bool) -> int:
+        kept_free = self._max_requests // KEPT_FREE if is_alone and self._is_shared() else 0
+        return self._max_requests - kept_free
 
     def observe(self, stats: EngineStats) -> None:
         """The engine has done one more step."""

@@ -1,8 +1,12 @@
-"""`x-request-id`: the client's own label, or one made here, on every reply but one to an unforeseen error."""
+"""`x-request-id`: the client's own label, or one made here, on every reply but one to an unforeseen error.
+
+With it goes `openai-processing-ms`, the time until the reply began.
+"""
 
 from __future__ import annotations
 
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,10 +26,14 @@ class RequestId:
             return await self.app(scope, receive, send)
         given = Headers(scope=scope).get("x-request-id", "")
         label = given if _LABEL.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = label
+        started = time.monotonic()
 
         async def send_labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = label
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = label
+                headers["openai-processing-ms"] = str(round((time.monotonic() - started) * 1000))
             await send(message)
 
         return await self.app(scope, receive, send_labelled)

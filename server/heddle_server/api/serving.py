@@ -15,13 +15,14 @@ import typer
 import uvicorn
 
 from heddle_adapters.errors import StoreUnusable
+from heddle_server.adapter_footprint import TYPICAL_RANK, all_linears, footprint
 from heddle_server.api.app import create_app
 from heddle_server.api.engine_client import ENGINE_COMMAND
 from heddle_server.api.registry import ImportReport
 from heddle_server.api.service import Service
 from heddle_server.config import ConfigError, ServerConfig
 from heddle_server.messages import ModelCard, StartupProgress
-from heddle_server.options import format_size
+from heddle_server.sizes import format_count, format_size
 
 # Longer than clients and proxies keep an idle connection (httpx 5 s, aiohttp 15 s, nginx 60 s): were the server first,
 # a request could be on its way over a connection that is just being closed, and be lost.
@@ -106,6 +107,7 @@ class _Run:
             )
         except StoreUnusable as error:
             raise ConfigError(error.message) from error
+        self._service = service
         self._is_first_start = True
         self.server = _Server(
             uvicorn.Config(
@@ -124,7 +126,7 @@ class _Run:
             typer.echo("heddle: the engine is back")
             return
         self._is_first_start = False
-        _say_ready(self._config, model, self._address)
+        _say_ready(self._config, model, self._address, has_keys=self._service.keys.has_keys)
         if self._companion is not None and self._companion_task is None:
             self._companion_task = asyncio.get_running_loop().create_task(self._accompany(self._companion))
 
@@ -184,19 +186,37 @@ def _say_imported(report: ImportReport) -> None:
         typer.echo(f"  {name}: {reason}")
 
 
-def _say_ready(config: ServerConfig, model: ModelCard, address: str) -> None:
+def _say_ready(config: ServerConfig, model: ModelCard, address: str, *, has_keys: bool) -> None:
+    typer.echo(memory_line(model))
+    typer.echo(f"heddle is ready at {address}")
+    typer.echo(f"playground: {address}/")
+    typer.echo(access_line(config, has_keys))
+    key = '-H "Authorization: Bearer $HEDDLE_API_KEY" ' if has_keys else ""
+    typer.echo(
+        f"try: curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' "
+        """-d '{"model": "base", "messages": [{"role": "user", "content": "Hello"}]}'"""
+    )
+
+
+def access_line(config: ServerConfig, has_keys: bool) -> str:
+    """Who may use this server, as the last line but one says it."""
+    if has_keys:
+        return "API keys: every request needs one; `heddle keys ls` shows whose there are"
+    if config.allow_anonymous:
+        return "no API keys: whoever reaches this server can use it and change its adapters (--allow-anonymous)"
+    return "no API keys: only this machine can use this server; `heddle keys create` makes one"
+
+
+def memory_line(model: ModelCard) -> str:
+    """What the base takes and what the rest is good for: either tokens or adapters, in the same pages."""
     rest = f"{format_size(model.weights_bytes - model.quantized_bytes)} in {model.dtype}"
     quantized = (
         f"{format_size(model.quantized_bytes)} in {model.layout.quantization}, " if model.quantized_bytes else ""
     )
-    typer.echo(
-        f"memory: base {format_size(model.weights_bytes)} ({quantized}{rest}), "
-        f"pool {format_size(model.pool_bytes)} for KV cache and adapters: {model.num_pages} pages of "
-        f"{format_size(model.page_bytes)}, room for {model.num_pages * model.page_tokens} tokens, "
-        f"{model.max_model_len} at most in one request, on {model.device}"
-    )
-    typer.echo(f"heddle is ready at {address}")
-    typer.echo(
-        f"try: curl {address}/v1/chat/completions -H 'Content-Type: application/json' "
-        """-d '{"model": "base", "messages": [{"role": "user", "content": "Hello"}]}'"""
+    sites = all_linears(model.layout.sites, model.vocabulary_size)
+    num_adapters = model.num_pages // footprint(sites, TYPICAL_RANK, model.dtype, model.page_bytes).num_pages
+    return (
+        f"memory: base {format_size(model.weights_bytes)} ({quantized}{rest}), pool {format_size(model.pool_bytes)} = "
+        f"{format_count(model.num_pages * model.page_tokens)} tokens or {num_adapters} adapters r{TYPICAL_RANK} on all "
+        f"linears, {model.max_model_len} tokens at most in one request, on {model.device}"
     )

@@ -39,9 +39,9 @@ class Tokenizer:
         ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of `token_ids` without special tokens."""
-        return str(self.fast.decode(token_ids, skip_special_tokens=True))
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`, usually without special tokens."""
+        return str(self.fast.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
         """One token alone, special tokens included; a piece of a character shows as U+FFFD."""
@@ -59,6 +59,12 @@ class Tokenizer:
         if self._is_byte_level:
             return bytes(_BYTES_BY_CHARACTER.get(character, 0x3F) for character in token)
         return str(token).replace("\u2581", " ").encode()  # the mark for a space in sentencepiece vocabularies
+
+    @cached_property
+    def special_token_ids(self) -> dict[str, int]:
+        """Tokens that stand for no text, by how they are written."""
+        added = self.fast.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:

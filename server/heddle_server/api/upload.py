@@ -18,16 +18,24 @@ from starlette.requests import Request
 
 from heddle_adapters.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES
 from heddle_adapters.errors import quoted
-from heddle_adapters.store_index import AdapterDetails
+from heddle_adapters.store_index import VISIBILITIES, AdapterDetails, Visibility
 from heddle_adapters.tensor_file import WEIGHTS_FILE
 from heddle_server.api.body_limit import MAX_DISCARDED_BYTES
-from heddle_server.api.errors import BodyTooLarge, InvalidRequest, UnknownParameter
+from heddle_server.api.errors import BodyTooLarge, InvalidRequest, QuotaExceeded, UnknownParameter
 
 NAME_PART = "name"
-_DETAIL_PARTS = {"alias": 1024, "tags": 8192, "description": 16 * 1024, "pinned": 16, "ttl_seconds": 32}
+_DETAIL_PARTS = {
+    "alias": 1024,
+    "tags": 8192,
+    "description": 16 * 1024,
+    "pinned": 16,
+    "ttl_seconds": 32,
+    "visibility": 32,
+}
 _SMALL_PARTS = {NAME_PART: 1024, CONFIG_FILE: MAX_CONFIG_BYTES, **_DETAIL_PARTS}  # to the bytes they may have
 _PARTS = (NAME_PART, CONFIG_FILE, WEIGHTS_FILE, *_DETAIL_PARTS)
 _MAX_HEADER_BYTES = 16 * 1024
+_REST_BYTES = sum(_SMALL_PARTS.values()) + len(_PARTS) * _MAX_HEADER_BYTES  # of an upload beside its weights, at most
 _MAX_CONTENT_TYPE_CHARS = 1024
 _WRITE_BYTES = 1 << 20  # one trip to the worker thread per MiB
 
@@ -42,31 +50,50 @@ class Upload:
     details: AdapterDetails
 
 
-async def read_upload(request: Request, max_bytes: int, folder: Path) -> Upload:
-    """The upload in `request`, its weights in a file in `folder`; raises `InvalidRequest`.
+@dataclass(frozen=True)
+class UploadBounds:
+    """How many bytes an upload may have, counted while it comes."""
+
+    max_bytes: int  # of any upload
+    stored_bytes: int | None = None  # of weights, that the owner may have at all; None = any number
+
+    def check(self, num_bytes: int) -> None:
+        """Raises `BodyTooLarge` and `QuotaExceeded`."""
+        if num_bytes > self.max_bytes:
+            raise BodyTooLarge(f"The upload is over this server's limit of {self.max_bytes} bytes.")
+        if self.stored_bytes is not None and num_bytes > self.stored_bytes + _REST_BYTES:
+            raise QuotaExceeded(
+                f"The upload is larger than all your adapters may be together: they may take {self.stored_bytes} bytes "
+                "on disk. Ask the server's operator for more."
+            )
+
+
+async def read_upload(request: Request, bounds: UploadBounds, folder: Path) -> Upload:
+    """The upload in `request`, its weights in a file in `folder`; raises `InvalidRequest` and `QuotaExceeded`.
 
     Beside the two files and the name, which only a dry run can do without, it may have the parts alias, tags
-    (separated by commas), description, pinned (true or false) and ttl_seconds; an empty one counts as left out.
+    (separated by commas), description, pinned (true or false), ttl_seconds and visibility (private or public); an
+    empty one counts as left out.
     """
     chunks = request.stream()
     try:
-        return await _read(request, chunks, max_bytes, folder / WEIGHTS_FILE)
-    except InvalidRequest:
-        await _discard(chunks)
+        return await _read(request, chunks, bounds, folder / WEIGHTS_FILE)
+    except (InvalidRequest, QuotaExceeded):
+        await discard(chunks)
         raise
 
 
-async def _read(request: Request, chunks: AsyncGenerator[bytes, None], max_bytes: int, weights_path: Path) -> Upload:
-    if int(request.headers.get("content-length", "0")) > max_bytes:
-        raise _too_large(max_bytes)
+async def _read(
+    request: Request, chunks: AsyncGenerator[bytes, None], bounds: UploadBounds, weights_path: Path
+) -> Upload:
+    bounds.check(int(request.headers.get("content-length", "0")))
     parts = _Parts()
     parser = _parser(request, parts)
     num_bytes = 0
     with weights_path.open("xb") as file:
         async for chunk in chunks:
             num_bytes += len(chunk)
-            if num_bytes > max_bytes:
-                raise _too_large(max_bytes)
+            bounds.check(num_bytes)
             _feed(parser, chunk)
             if len(parts.weights) >= _WRITE_BYTES:
                 await _write(file, parts)
@@ -74,7 +101,8 @@ async def _read(request: Request, chunks: AsyncGenerator[bytes, None], max_bytes
     return parts.finished(weights_path)
 
 
-async def _discard(chunks: AsyncGenerator[bytes, None]) -> None:
+async def discard(chunks: AsyncGenerator[bytes, None]) -> None:
+    """Reads, and drops, of a refused upload what its client may still be sending."""
     num_bytes = 0
     async for chunk in chunks:
         num_bytes += len(chunk)
@@ -137,6 +165,7 @@ class _Parts:
             description=texts.get("description"),
             is_pinned=_flag("pinned", texts["pinned"]) if "pinned" in texts else None,
             ttl_seconds=_whole_number("ttl_seconds", texts["ttl_seconds"]) if "ttl_seconds" in texts else None,
+            visibility=_visibility(texts["visibility"]) if "visibility" in texts else None,
         )
 
     def _text(self, part: str) -> str:
@@ -169,6 +198,13 @@ def _flag(part: str, text: str) -> bool:
     if text not in ("true", "false"):
         raise InvalidRequest(f"{part!r} is {quoted(text)}; it must be true or false.", param=part)
     return text == "true"
+
+
+def _visibility(text: str) -> Visibility:
+    for visibility in VISIBILITIES:
+        if text == visibility:
+            return visibility
+    raise InvalidRequest(f"'visibility' is {quoted(text)}; it must be private or public.", param="visibility")
 
 
 def _whole_number(part: str, text: str) -> int:
@@ -224,7 +260,3 @@ def _malformed(error: FormParserError) -> InvalidRequest:
 async def _write(file: BinaryIO, parts: _Parts) -> None:
     waiting, parts.weights = parts.weights, bytearray()
     await asyncio.to_thread(file.write, waiting)
-
-
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The upload is over this server's limit of {max_bytes} bytes.")

@@ -2,20 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from heddle_server.api.adapter_protocol import AdapterChanges, AliasTarget, ListQuery
 from heddle_server.api.errors import ApiError, InvalidRequest, UnknownParameter, UnsupportedParameter, did_you_mean
 from heddle_server.api.protocol import ChatCompletionRequest, CompletionRequest, Message, StreamOptions
+from heddle_server.api.response_format import FORMAT_FORMS, GrammarFormat, JsonSchemaFormat, NamedSchema
+from heddle_server.api.responses_protocol import (
+    INPUT_FORMS,
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    MessageItem,
+    NamedFunctionTool,
+    ReasoningItem,
+    ReasoningOptions,
+    ResponsesRequest,
+    ResponsesTool,
+    SchemaFormat,
+    TextOptions,
+)
+from heddle_server.api.token_protocol import DetokenizeRequest, TokenizeRequest
+from heddle_server.api.tools import CalledFunction, Function, FunctionTool, NamedTool, ToolCall
 from heddle_server.api.wire_fields import ADAPTER_FORMS, ScaledAdapter
 
 # What other servers call the field that chooses an adapter.
-_MEANT_ADAPTER = ("lora", "lora_path", "lora_name", "lora_request", "adapter_id", "adapter_name", "adapters")
+_MEANT_ADAPTER = ("lora", "lora_path", "lora_name", "lora_request", "adapter_name", "adapters")
 
-_GENERATION = (ChatCompletionRequest, CompletionRequest, Message, StreamOptions, ScaledAdapter)
-_MODELS = (*_GENERATION, AdapterChanges, AliasTarget, ListQuery)
-_FIELDS = {name for model in _MODELS for name in model.model_fields}
+# Fields of other servers that constrain answers, and the one that does so here.
+_MEANT_FORMAT = (
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding_backend",
+    "structured_outputs",
+    "json_schema",
+    "regex",
+    "ebnf",
+    "grammar",
+)
+
+_GENERATION = (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Message,
+    StreamOptions,
+    ScaledAdapter,
+    JsonSchemaFormat,
+    NamedSchema,
+    GrammarFormat,
+    FunctionTool,
+    Function,
+    NamedTool,
+    ToolCall,
+    CalledFunction,
+)
+_RESPONSES = (
+    ResponsesRequest,
+    MessageItem,
+    ReasoningItem,
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    ResponsesTool,
+    NamedFunctionTool,
+    TextOptions,
+    SchemaFormat,
+    ReasoningOptions,
+)
+_MODELS = (*_GENERATION, *_RESPONSES, TokenizeRequest, DetokenizeRequest, AdapterChanges, AliasTarget, ListQuery)
+_FIELDS = {field.alias or name for model in _MODELS for name, field in model.model_fields.items()}
+# What pydantic puts between the fields for the forms that one may have.
+_BRANCHES = (*ADAPTER_FORMS, *FORMAT_FORMS, *INPUT_FORMS)
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def checked(model: type[Body], fields: Mapping[str, Any]) -> Body:
+    """A body that was made of another one; raises what a client who sent it would be told."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise invalid_body([{**report, "loc": ("body", *report["loc"])} for report in error.errors()]) from None
 
 
 def invalid_body(reports: Sequence[Any]) -> ApiError:
@@ -33,6 +103,7 @@ def invalid_body(reports: Sequence[Any]) -> ApiError:
             what = report["ctx"]["what"]
             return UnsupportedParameter(f"{what} of '{param}' is not served yet. Leave it out.", param=param)
         case "invalid_value":
+            param = _param((*location, *filter(None, [report.get("ctx", {}).get("param")])))
             return InvalidRequest(f"{report['msg']}.", param=param)
         case "missing" if param is not None:
             return InvalidRequest(f"'{param}' is required.", param=param)
@@ -51,7 +122,15 @@ _URGENCY = ("json_invalid", "extra_forbidden", "unsupported_parameter")
 def _unknown(name: str, param: str | None) -> UnknownParameter:
     if name in _FIELDS:
         return UnknownParameter(f"'{param}' is no parameter of this request.", param=param)
-    hint = " Did you mean 'adapter'?" if name in _MEANT_ADAPTER else did_you_mean(name, sorted(_FIELDS))
+    if name in _MEANT_ADAPTER:
+        hint = " Did you mean 'adapter'?"
+    elif name in _MEANT_FORMAT:
+        hint = (
+            " Here 'response_format' says what an answer has to be, in responses 'text.format': types json_object, "
+            "json_schema and grammar."
+        )
+    else:
+        hint = did_you_mean(name, sorted(_FIELDS))
     return UnknownParameter(f"Unknown parameter {name[:64]!r}.{hint}", param=param)
 
 
@@ -61,6 +140,6 @@ def _param(location: Sequence[str | int]) -> str | None:
     parts = [
         str(part)[:64]
         for position, part in enumerate(location)
-        if isinstance(part, int) or part in _FIELDS or (position == last and part not in ADAPTER_FORMS)
+        if isinstance(part, int) or part in _FIELDS or (position == last and part not in _BRANCHES)
     ]
     return ".".join(parts) or None

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +29,7 @@ from heddle_kernels.dispatch import BackendUnavailable, Kernels, select_kernels
 from heddle_server.config import PAGE_TOKENS, ConfigError, EngineConfig
 from heddle_server.engine.base_linear import BaseLinears
 from heddle_server.engine.fused_modules import fuse_modules
+from heddle_server.engine.grammar import GrammarFailed, Grammars
 from heddle_server.engine.kv_cache import KvCache
 from heddle_server.engine.model_loader import LoadedModel, load_model, measure_weights
 from heddle_server.engine.model_runner import LaunchedStep, ModelRunner
@@ -36,6 +39,7 @@ from heddle_server.engine.scheduler import Chunk, PoolTooSmall, Scheduler
 from heddle_server.engine.self_test import self_test
 from heddle_server.engine.sequence import Sequence
 from heddle_server.engine.weave import ForwardContext, base_biases, weave
+from heddle_server.grammar_compiler import GrammarCompiler
 from heddle_server.messages import (
     AdmissionReport,
     CacheReport,
@@ -44,7 +48,10 @@ from heddle_server.messages import (
     ModelCard,
     TokenOutput,
 )
-from heddle_server.request import LOCAL_TENANT, Request
+from heddle_server.request import Request
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +71,7 @@ ERROR_CODES: tuple[tuple[type[Exception], str], ...] = (
     (PoolTooSmall, "adapter_capacity"),
     (StoreUnusable, "store_unusable"),
     (AdapterError, "adapter_load_failed"),
+    (GrammarFailed, "grammar_failed"),
     (Exception, "internal_error"),
 )
 
@@ -130,6 +138,11 @@ class Engine:
         self._host_seconds = 0.0
         self._overlap = config.overlap == "on" or (config.overlap == "auto" and loaded.device.type == "cuda")
         self._in_flight: LaunchedStep | None = None  # where steps overlap: launched, and not collected
+        self._compiling: list[tuple[Sequence, Future[LLMatcher]]] = []  # requests whose grammar is not ready
+        with _phase("grammars", on_progress):
+            vocabulary_size = int(loaded.model.get_input_embeddings().weight.shape[0])
+            tokenizer_path = Path(config.model_path) / "tokenizer.json"
+            self._grammars = Grammars(GrammarCompiler(tokenizer_path, vocabulary_size, loaded.eos_token_ids), on_loaded)
         self.model = _model_card(loaded, layout, max_model_len, num_pages, page_bytes)
 
     @property
@@ -143,6 +156,8 @@ class Engine:
         self._sequences[request.request_id] = sequence
         if not 0 < sequence.num_prompt_tokens < self.model.max_model_len:  # admitted by what an earlier engine could
             self._refused.append((sequence, PoolTooSmall(sequence)))
+        elif request.sampling.grammar is not None:
+            self._compiling.append((sequence, self._grammars.begin(request.sampling.grammar)))
         else:
             self._scheduler.add(sequence)
 
@@ -151,14 +166,15 @@ class Engine:
         if (sequence := self._sequences.pop(request_id, None)) is not None:
             self._scheduler.finish(sequence)
             self._refused = [refusal for refusal in self._refused if refusal[0] is not sequence]
+            self._compiling = [waiting for waiting in self._compiling if waiting[0] is not sequence]
 
     def prepare_adapter(self, digest: str) -> None:
         """New content: compile its rows in the background, so that its first request finds them."""
         self._residency.prepare(digest)
 
-    def pin_adapters(self, digests: tuple[str, ...]) -> None:
-        """Keep these on the device from now on, in place of those pinned before."""
-        self._residency.pin(digests, LOCAL_TENANT)
+    def pin_adapters(self, tenants: Mapping[str, str]) -> None:
+        """Keep these on the device from now on, by digest, each in its tenant's share, in place of those before."""
+        self._residency.pin(tenants)
 
     def forget_adapter(self, digest: str) -> None:
         """No request will name this adapter again."""
@@ -175,20 +191,45 @@ class Engine:
         waits for an adapter, or none is there.
         """
         started, device_seconds = time.monotonic(), self._runner.device_seconds
+        self._add_compiled()
+        outputs = self._collect_before_planning()
         plan = self._scheduler.plan()
         failed = plan.failed + self._refused
         self._refused = []
-        outputs = [self._fail(sequence, error) for sequence, error in failed]
+        outputs += [self._fail(sequence, error) for sequence, error in failed]
         launched = self._launch(plan.chunks, outputs) if plan.chunks else None
         if self._overlap:
             self._in_flight, launched = launched, self._in_flight
         if launched is not None:
             outputs += self._collect(launched)
-        if plan.chunks or launched is not None:
+        if plan.chunks or outputs:
             elapsed = time.monotonic() - started
             self._step_seconds += elapsed
             self._host_seconds += elapsed - (self._runner.device_seconds - device_seconds)
         return outputs
+
+    def _add_compiled(self) -> None:
+        """Queue the requests whose grammar has been compiled since."""
+        waiting, self._compiling = self._compiling, []
+        for sequence, compiled in waiting:
+            if not compiled.done():
+                self._compiling.append((sequence, compiled))
+                continue
+            try:
+                sequence.grammar = self._grammars.state_of(compiled)
+            except GrammarFailed as error:
+                self._refused.append((sequence, error))
+            else:
+                self._scheduler.add(sequence)
+
+    def _collect_before_planning(self) -> list[TokenOutput]:
+        """The step in flight, where a request of it can only go on with its token known: for these, steps do not
+        overlap."""
+        step = self._in_flight
+        if step is None or not any(chunk.sequence.reads_tokens for chunk in step.completing):
+            return []
+        self._in_flight = None
+        return self._collect(step)
 
     def _launch(self, chunks: list[Chunk], outputs: list[TokenOutput]) -> LaunchedStep | None:
         """Give the runner a step. If it cannot be computed, its requests end with an error, told in `outputs`."""
@@ -202,6 +243,7 @@ class Engine:
             outputs += [self._fail(chunk.sequence, error) for chunk in chunks]
             return None
         for chunk in launched.chunks:
+            chunk.sequence.num_unscored -= len(chunk.scored)
             chunk.sequence.num_computed += chunk.num_tokens
             chunk.sequence.num_unread += chunk.completes
             self._num_computed_tokens += chunk.num_tokens
@@ -213,6 +255,8 @@ class Engine:
         for chunk in step.chunks:
             if not chunk.completes and self._is_here(chunk.sequence):
                 self._kv_cache.remember(chunk.sequence)
+        for sequence, scores in step.scores:
+            sequence.prompt_logprobs += scores.read()
         for chunk, token in zip(step.completing, self._runner.read(step), strict=True):
             sequence = chunk.sequence
             sequence.num_unread -= 1
@@ -276,12 +320,17 @@ class Engine:
         self._residency.check_integrity()
 
     def close(self) -> None:
+        self._grammars.close()
         self._residency.close()
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
         """Append the new token; end the sequence where it ends."""
-        sequence.token_ids.append(sampled.token_id)
+        sequence.append(sampled.token_id)
+        if sequence.grammar is not None and sequence.grammar.failure is not None:
+            return self._fail(sequence, sequence.grammar.failure)
         self._kv_cache.remember(sequence)
+        is_first = sequence.num_generated == 1
+        wants_prompt_logprobs = sequence.request.sampling.num_prompt_logprobs is not None
         finish_reason = self._finish_reason(sequence)
         if finish_reason is not None:
             del self._sequences[sequence.request.request_id]
@@ -292,12 +341,15 @@ class Engine:
             logprobs=None if sampled.logprobs is None else (sampled.logprobs,),
             finish_reason=finish_reason,
             num_cached_tokens=sequence.num_cached,
-            admission=_admission(sequence) if sequence.num_generated == 1 else None,
+            admission=_admission(sequence) if is_first else None,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and wants_prompt_logprobs else None,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         sampling, last = sequence.request.sampling, sequence.token_ids[-1]
         if last in sampling.stop_token_ids or (last in self.model.eos_token_ids and not sampling.ignore_eos):
+            return "stop"
+        if sequence.grammar is not None and sequence.grammar.is_over:
             return "stop"
         return "length" if len(sequence.token_ids) >= sequence.max_num_tokens else None
 

@@ -131,8 +131,8 @@ def serve(engine: Engine, channel: Channel) -> None:
                     engine.forget_adapter(digest)
                 case PrepareAdapter(digest):
                     engine.prepare_adapter(digest)
-                case PinAdapters(digests):
-                    engine.pin_adapters(digests)
+                case PinAdapters(tenants):
+                    engine.pin_adapters(tenants)
                 case DescribeCache(query_id):
                     channel.send(engine.describe_cache(query_id))
                 case Shutdown():

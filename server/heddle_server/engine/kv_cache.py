@@ -118,7 +118,9 @@ class KvCache:
         assert {page: key for key, page in self._page_of_key.items()} == self._key_of_page, "cache index torn"
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Pages of the longest cached prefix that leaves at least one token to compute."""
+        """Pages of the longest cached prefix that leaves at least one token to compute; none where all are wanted."""
+        if sequence.num_unscored:
+            return []
         self._extend_keys(sequence, len(sequence.token_ids))
         usable = (sequence.num_tokens - 1) // self._page_tokens
         pages: list[int] = []

@@ -16,9 +16,11 @@ from heddle_kernels.segments import BASE_SLOT, Segments
 from heddle_kernels.triton_kernels.row_plan import PlanCapacity
 from heddle_server.engine.attention import PagedAttention
 from heddle_server.engine.decode_graphs import DecodeGraphs, DecodeStep
+from heddle_server.engine.logit_rules import change_logits
 from heddle_server.engine.model_loader import LoadedModel
-from heddle_server.engine.sampler import Draw, Sampled, draw
+from heddle_server.engine.sampler import Draw, Sampled, Scores, draw
 from heddle_server.engine.scheduler import Chunk
+from heddle_server.engine.sequence import Sequence
 from heddle_server.engine.step_inputs import StepInputs
 from heddle_server.engine.weave import AdapterBatch, ForwardContext
 
@@ -30,6 +32,7 @@ class LaunchedStep:
     chunks: list[Chunk]  # in batch order
     completing: list[Chunk]  # of those, the ones a token was sampled for
     tokens: Draw  # one for each of `completing`
+    scores: list[tuple[Sequence, Scores]]  # of prompt tokens, for those who asked
 
 
 class ModelRunner:
@@ -49,6 +52,7 @@ class ModelRunner:
         """`memory` is the pool's storage and one page more, which belongs to nobody: uint8 [pages * page_bytes]."""
         shape = loaded.kv_shape
         self._model = loaded.model
+        self._eos_token_ids = loaded.eos_token_ids
         self._device = loaded.device
         self._context = context
         self._rows = rows
@@ -86,15 +90,17 @@ class ModelRunner:
         started = time.monotonic()
         logits = self._logits(inputs, ordered, completing, batch)
         forwarded = time.monotonic()
+        scores, logits = _scores(logits, ordered)
         sequences = [chunk.sequence for chunk in completing]
         tokens = draw(
             logits[: len(completing)],
             [sequence.request.sampling for sequence in sequences],
             [sequence.num_tokens for sequence in sequences],
+            lambda sound: change_logits(sound, sequences, self._eos_token_ids),
         )
         self.forward_seconds += forwarded - started
         self.sample_seconds += time.monotonic() - forwarded
-        return LaunchedStep(ordered, completing, tokens)
+        return LaunchedStep(ordered, completing, tokens, scores)
 
     def read(self, step: LaunchedStep) -> list[Sampled | None]:
         """A token for each of `step.completing`, None where the logits are not finite. Waits for the device."""
@@ -104,13 +110,13 @@ class ModelRunner:
         return sampled
 
     def _logits(self, inputs: StepInputs, chunks: list[Chunk], completing: list[Chunk], batch: BatchLines) -> Tensor:
-        """[at least num completing, vocabulary], by a captured graph where one fits."""
+        """[at least num logits wanted, vocabulary], by a captured graph where one fits."""
         if self._graphs is not None and inputs.paged.is_decode and len(completing) == len(chunks):
             scaled = batch.scaled_input_sites if batch.has_adapters else None
             logits = self._graphs.run(DecodeStep(inputs, batch.segments, scaled))
             if logits is not None:
                 return logits
-        return self._forward(inputs, self._adapter_batch(chunks, completing, batch))
+        return self._forward(inputs, self._adapter_batch(chunks, batch))
 
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs, adapters: AdapterBatch | None) -> Tensor:
@@ -130,11 +136,12 @@ class ModelRunner:
         self.num_segments += len(segments.slot)
         return BatchLines(segments, [self._rows.line_of(slot) for slot in set(segments.slot) - {BASE_SLOT}])
 
-    def _adapter_batch(self, chunks: list[Chunk], completing: list[Chunk], batch: BatchLines) -> AdapterBatch | None:
+    def _adapter_batch(self, chunks: list[Chunk], batch: BatchLines) -> AdapterBatch | None:
         """None for a base-only batch: no adapter code runs at all."""
         if not batch.has_adapters:
             return None
-        head_segments = Segments.from_runs((_slot(chunk), 1) for chunk in completing or chunks[:1])
+        wanted = [(_slot(chunk), len(chunk.scored) + chunk.completes) for chunk in chunks]
+        head_segments = Segments.from_runs([run for run in wanted if run[1]] or [(_slot(chunks[0]), 1)])
         rows, plan_rows = self._rows, self._ops.plan_rows
         plan = plan_rows(rows.rows, rows.vectors, rows.table, batch.segments)
         is_decode = head_segments == batch.segments  # every token's logits are wanted
@@ -177,6 +184,24 @@ class StaticPlans:
     def into(self, words: Tensor, segments: Segments, capacity: PlanCapacity) -> Any:
         rows = self._rows
         return self._ops.plan_rows_into(words, rows.rows, rows.vectors, rows.table, segments, capacity)
+
+
+def _scores(logits: Tensor, chunks: list[Chunk]) -> tuple[list[tuple[Sequence, Scores]], Tensor]:
+    """Scores of prompt tokens, and the logits [num completing, vocabulary] that tokens are drawn from."""
+    if not any(chunk.sequence.num_unscored for chunk in chunks):
+        return [], logits
+    scores, last_rows, row = list[tuple[Sequence, Scores]](), list[int](), 0
+    for chunk in chunks:
+        if num_scored := len(chunk.scored):
+            sequence, first = chunk.sequence, chunk.sequence.num_computed + chunk.scored.start + 1
+            given = torch.tensor(sequence.token_ids[first : first + num_scored], device=logits.device)
+            num_logprobs = sequence.request.sampling.num_prompt_logprobs or 0
+            scores.append((sequence, Scores(logits[row : row + num_scored], given, num_logprobs)))
+        row += num_scored
+        if chunk.completes:
+            last_rows.append(row)
+            row += 1
+    return scores, logits[last_rows]
 
 
 def _slot(chunk: Chunk) -> int:

@@ -1,7 +1,8 @@
-"""Logits to tokens: greedy, temperature, top-k, top-p, logprobs. A draw depends on (seed, position) alone."""
+"""Logits to tokens: greedy, temperature, min-p, top-k, top-p, logprobs. A draw depends on (seed, position) alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -26,7 +27,7 @@ class Draw:
     """One new token for each row of logits: on the device at once, on the host when it is asked for."""
 
     def __init__(self, token_ids: Tensor, is_sound: Tensor, logprobs: dict[int, HostCopy]) -> None:
-        """token_ids [num_rows] int64, is_sound [num_rows] bool; logprobs by row, see `_logprobs`."""
+        """token_ids [num_rows] int64, is_sound [num_rows] bool; logprobs by row, see `_describe`."""
         self.token_ids = token_ids
         self._copy = HostCopy(torch.stack([token_ids, is_sound.long()]))
         self._logprobs = logprobs
@@ -40,10 +41,7 @@ class Draw:
         ]
 
     def _described(self, row: int) -> TokenLogprobs | None:
-        if row not in self._logprobs:
-            return None
-        (chosen, *values), (_, *ids) = self._logprobs[row].read().tolist()
-        return TokenLogprobs(chosen, tuple(zip(map(int, ids), values, strict=True)))
+        return _token_logprobs(self._logprobs[row].read())[0] if row in self._logprobs else None
 
 
 class HostCopy:
@@ -64,20 +62,45 @@ class HostCopy:
         return self._host
 
 
-def draw(logits: Tensor, sampling: list[SamplingParams], positions: list[int]) -> Draw:
+def draw(
+    logits: Tensor,
+    sampling: list[SamplingParams],
+    positions: list[int],
+    change: Callable[[Tensor], None] = lambda logits: None,
+) -> Draw:
     """Choose a token for each row; nothing for a row that holds NaN or infinity.
 
-    logits [num_rows, vocabulary]; positions: the new token's index in its sequence.
+    logits [num_rows, vocabulary]; positions: the new token's index in its sequence; `change` turns sound float32 logits
+    into what is drawn from, in place. Logprobs are of the logits as the model gave them.
     """
     logits = logits.float()
     is_sound = logits.amax(dim=-1).isfinite()  # the largest of a row with a NaN is NaN; -inf only excludes a token
     logits = logits.where(is_sound[:, None], 0.0)
+    wanted = [row for row, params in enumerate(sampling) if params.num_logprobs is not None]
+    unchanged = logits[wanted]
+    change(logits)
     chosen = logits.argmax(dim=-1)
     drawn = [row for row, params in enumerate(sampling) if params.temperature > 0]
     if drawn:
         uniforms = [uniform(sampling[row].seed, positions[row]) for row in drawn]
         chosen[drawn] = _draw(logits[drawn], [sampling[row] for row in drawn], uniforms)
-    return Draw(chosen, is_sound, _logprobs(logits, chosen, sampling))
+    described = {
+        row: _describe(unchanged[number : number + 1], chosen[row : row + 1], sampling[row].num_logprobs or 0)
+        for number, row in enumerate(wanted)
+    }
+    return Draw(chosen, is_sound, described)
+
+
+class Scores:
+    """Logprobs of tokens that are given, not drawn: on the device at once, on the host when they are asked for."""
+
+    def __init__(self, logits: Tensor, token_ids: Tensor, num_logprobs: int) -> None:
+        """logits [num_tokens, vocabulary]; token_ids [num_tokens] int64."""
+        self._copy = _describe(logits.float(), token_ids, num_logprobs)
+
+    def read(self) -> list[TokenLogprobs]:
+        """Waits for the device."""
+        return _token_logprobs(self._copy.read())
 
 
 def uniform(seed: int, position: int) -> float:
@@ -87,7 +110,8 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _draw(logits: Tensor, sampling: list[SamplingParams], uniforms: list[float]) -> Tensor:
-    """Inverse-CDF draws: tokens ordered by probability, cut to top-k and then to top-p, as everyone defines them."""
+    """Inverse-CDF draws: tokens ordered by probability, cut to top-k, to min-p and then to top-p, as everyone defines
+    them."""
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=logits.device)[:, None]
@@ -99,6 +123,7 @@ def _draw(logits: Tensor, sampling: list[SamplingParams], uniforms: list[float])
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probabilities, order = torch.softmax(scaled, dim=-1).sort(dim=-1, descending=True, stable=True)
     kept = probabilities * (torch.arange(vocabulary, device=logits.device) < top_k)
+    kept = kept * (probabilities >= column([params.min_p for params in sampling]) * probabilities[:, :1])
     mass_before = kept.cumsum(dim=-1) - kept
     within_top_p = mass_before < top_p * kept.sum(dim=-1, keepdim=True)
     within_top_p[:, 0] = True  # the best token stays, even for a top_p that is zero in float32
@@ -109,15 +134,20 @@ def _draw(logits: Tensor, sampling: list[SamplingParams], uniforms: list[float])
     return order.gather(-1, picked.minimum(last_kept)).flatten()
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, sampling: list[SamplingParams]) -> dict[int, HostCopy]:
-    """By row, for the rows that ask, from the logits before temperature: float64 [2, 1 + num_logprobs], logprobs and
-    their token ids, the chosen token's first."""
-    copies = dict[int, HostCopy]()
-    for row, params in enumerate(sampling):
-        if (wanted := params.num_logprobs) is None:
-            continue
-        logprobs = torch.log_softmax(logits[row], dim=-1)
-        values, ids = logprobs.topk(min(wanted, logprobs.shape[0]))
-        ids = torch.cat([token_ids[row : row + 1], ids])
-        copies[row] = HostCopy(torch.stack([torch.cat([logprobs[ids[:1]], values]).double(), ids.double()]))
-    return copies
+def _describe(logits: Tensor, token_ids: Tensor, num_logprobs: int) -> HostCopy:
+    """logits [num_rows, vocabulary], token_ids [num_rows] to float64 [2, num_rows, 1 + num_logprobs]: logprobs and
+    their token ids, the given token's first."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, ids = logprobs.topk(min(num_logprobs, logprobs.shape[-1]))
+    ids = torch.cat([token_ids[:, None], ids], dim=1)
+    values = torch.cat([logprobs.gather(1, ids[:, :1]), values], dim=1)
+    return HostCopy(torch.stack([values.double(), ids.double()]))
+
+
+def _token_logprobs(described: Tensor) -> list[TokenLogprobs]:
+    """What `_describe` has made, row by row."""
+    all_values, all_ids = described.tolist()
+    return [
+        TokenLogprobs(values[0], tuple(zip(map(int, ids[1:]), values[1:], strict=True)))
+        for values, ids in zip(all_values, all_ids, strict=True)
+    ]

@@ -23,6 +23,8 @@ from heddle_server.engine.kv_cache import KvCache
 from heddle_server.engine.sequence import Sequence
 
 MAX_OVERTAKEN = 32  # requests that may start while an older one waits for room
+NOTHING = range(0)
+MAX_SCORED_TOKENS = 256  # a step; 150 MB of logits for a vocabulary of 150,000
 MAX_SHORT_OF_ROOM = 32  # requests a step that are tried in vain; looking for pages costs more than a table look-up
 
 
@@ -33,6 +35,15 @@ class Chunk(NamedTuple):
     num_tokens: int
     completes: bool  # whether all known tokens are computed after it, so that a new token can be sampled
 
+    @property
+    def scored(self) -> range:
+        """Which of its tokens' logits score the prompt token after them; until it has been launched."""
+        sequence = self.sequence
+        if not sequence.num_unscored:
+            return NOTHING
+        last = sequence.num_prompt_tokens - 1 - sequence.num_computed  # which has no prompt token after it
+        return range(max(0, last - sequence.num_unscored), max(0, min(self.num_tokens, last)))
+
 
 @dataclass
 class StepPlan:
@@ -40,6 +51,11 @@ class StepPlan:
 
     chunks: list[Chunk] = field(default_factory=list)
     failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
+
+    @property
+    def room_to_score(self) -> int:
+        """How many more tokens may score prompts: their logits are held all at once."""
+        return MAX_SCORED_TOKENS - sum(chunk.num_tokens for chunk in self.chunks if chunk.sequence.num_unscored)
 
 
 @dataclass
@@ -101,8 +117,9 @@ class Scheduler:
         budget = self._max_batch_tokens
         for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
             was_pushed_out = sequence.slot is None  # by an earlier one
-            if budget and not was_pushed_out and not sequence.is_full:
-                budget -= self._continue(sequence, budget, plan)
+            share = _share(sequence, budget, plan)
+            if share > 0 and not was_pushed_out and not sequence.is_full:
+                budget -= self._continue(sequence, share, plan)
         self._admit(budget, plan)
         self._residency.let_go()
         return plan
@@ -119,9 +136,8 @@ class Scheduler:
         yield from self.running
         yield from self.waiting
 
-    def _continue(self, sequence: Sequence, budget: int, plan: StepPlan) -> int:
+    def _continue(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> int:
         """Plan a running sequence's next chunk, pushing out newer ones if need be; the tokens taken."""
-        num_tokens = min(sequence.num_pending, budget)
         while True:
             try:
                 self._kv_cache.reserve(sequence, sequence.num_computed + num_tokens)
@@ -181,6 +197,8 @@ class Scheduler:
             return
         if self._is_full(admission) and self._residency.are_here(sequence.request.adapters):
             return
+        if sequence.num_unscored and admission.plan.room_to_score <= 0:
+            return
         try:
             num_tokens = self._start(sequence, admission.budget, admission.plan)
         except OutOfSpace as error:
@@ -231,11 +249,11 @@ class Scheduler:
         try:
             self._kv_cache.check_room(sequence, budget)
         except OutOfSpace:
-            self._residency.release(sequence.request.adapters)
+            self._residency.release(sequence.request.adapters, sequence.request.tenant)
             raise
         sequence.slot = slot
         self._kv_cache.attach_prefix(sequence)
-        num_tokens = min(sequence.num_pending, budget)
+        num_tokens = _share(sequence, budget, plan)
         self._kv_cache.reserve(sequence, sequence.num_computed + num_tokens)
         if sequence.started_at is None:
             self._first_start(sequence)
@@ -286,5 +304,11 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._kv_cache.release(sequence)
-        self._residency.release(sequence.request.adapters)
+        self._residency.release(sequence.request.adapters, sequence.request.tenant)
         sequence.slot = None
+
+
+def _share(sequence: Sequence, budget: int, plan: StepPlan) -> int:
+    """How many of its tokens the step may compute."""
+    num_tokens = min(sequence.num_pending, budget)
+    return min(num_tokens, plan.room_to_score) if sequence.num_unscored else num_tokens

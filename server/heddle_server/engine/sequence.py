@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from heddle_adapters.tier import Tier
+from heddle_server.engine.grammar import GrammarState
+from heddle_server.messages import TokenLogprobs
 from heddle_server.request import Request
 
 
@@ -34,16 +38,39 @@ class Sequence:
     started_at: float | None = None  # when it was first admitted
     load_seconds: float = 0.0  # of the time between, until its adapter was on the device
     num_overtaken: int = 0  # requests that were started while this one waited for room
+    grammar: GrammarState | None = None  # what its answer must follow
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # if asked for, as far as the host knows them
     num_prompt_tokens: int = field(init=False)
+    num_unscored: int = field(init=False)  # last prompt tokens whose logprobs are asked for and not computed
+    changes_logits: bool = field(init=False)  # these three are looked at for every sequence in every step
+    reads_tokens: bool = field(init=False)
+    answer_counts: Counter[int] = field(default_factory=Counter)  # how often the answer has each token, if reads_tokens
 
     def __post_init__(self) -> None:
+        sampling = self.request.sampling
         self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        # Nothing comes before the first token that it could be judged by.
+        self.num_unscored = 0 if sampling.num_prompt_logprobs is None else self.num_prompt_tokens - 1
+        self.changes_logits = sampling.changes_logits
+        self.reads_tokens = sampling.reads_tokens
 
     @classmethod
     def of(cls, request: Request, max_model_len: int = sys.maxsize) -> Sequence:
         num_prompt_tokens = len(request.prompt_token_ids)
         max_num_tokens = min(num_prompt_tokens + request.sampling.max_tokens, max_model_len)
         return cls(request, list(request.prompt_token_ids), max_num_tokens)
+
+    @cached_property
+    def prompt_tokens(self) -> frozenset[int]:
+        return frozenset(self.request.prompt_token_ids)
+
+    def append(self, token_id: int) -> None:
+        """One more token of the answer has come to be known."""
+        self.token_ids.append(token_id)
+        if self.reads_tokens:
+            self.answer_counts[token_id] += 1
+        if self.grammar is not None:
+            self.grammar.advance(token_id)
 
     @property
     def num_tokens(self) -> int:

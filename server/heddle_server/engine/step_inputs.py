@@ -35,7 +35,8 @@ class StepInputs:
     def of(
         cls, chunks: Sequence[Chunk], page_tokens: int, device: torch.device, previous: Sequence[Chunk] = ()
     ) -> StepInputs:
-        """The logits wanted are those of the last token of every chunk that completes its sequence.
+        """The logits wanted are, chunk by chunk, those that score a prompt token and those of the last token where a
+        chunk completes its sequence.
 
         `previous` are the chunks that the step before this one has sampled tokens for, in that step's order.
         """
@@ -59,12 +60,15 @@ class StepInputs:
             for row, chunk in zip(bounds, chunks, strict=False)
             if chunk.sequence.num_unread
         ]
-        last_rows = [end - 1 for chunk, end in zip(chunks, bounds[1:], strict=True) if chunk.completes]
+        logit_rows = list[int]()
+        for chunk, begin, end in zip(chunks, bounds, bounds[1:], strict=False):
+            logit_rows += [begin + number for number in chunk.scored]
+            logit_rows += [end - 1] if chunk.completes else []
         tensors = to_device(
             {
                 "token_ids": np.array(token_ids, np.int64),
                 "positions": positions,
-                "logit_rows": np.array(last_rows or [0], np.int64),  # the head is never asked for nothing
+                "logit_rows": np.array(logit_rows or [0], np.int64),  # the head is never asked for nothing
                 "unread_rows": np.array([row for row, _ in unread], np.int64),
                 "unread_sources": np.array([source for _, source in unread], np.int64),
                 "write_slot": write_slot,

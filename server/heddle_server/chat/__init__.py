@@ -1,0 +1,1 @@
+"""`heddle chat`: a conversation with a running server."""

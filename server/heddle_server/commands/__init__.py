@@ -1,0 +1,1 @@
+"""The commands of `heddle`, each imported when it is used."""

@@ -1,0 +1,1 @@
+"""`heddle estimate`: what fits into memory, from a model's config alone."""
