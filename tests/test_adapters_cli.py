@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 
 import scripted_engine
 from heddle_server.adapters_cli import parse_duration
-from heddle_server.adapters_client import AdaptersClient, printable
+from heddle_server.adapters_client import AdaptersClient
 from heddle_server.cli import app
+from heddle_server.server_address import printable
 from live_server import live_server, server_config
 from tenant_keys import make_key
 from test_http_api import CHAT, HELLO
@@ -219,7 +220,7 @@ def test_a_server_that_is_not_there_says_how_to_start_one(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     line = Heddle(f"http://127.0.0.1:{port}").refusal("ls")
-    assert f"no server answers at http://127.0.0.1:{port}" in line
+    assert f"no heddle server answers at http://127.0.0.1:{port}" in line
     assert "heddle serve MODEL" in line
 
 

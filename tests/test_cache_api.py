@@ -11,8 +11,8 @@ from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
 import scripted_engine
-from heddle_server.adapters_client import ServerError
 from heddle_server.cli import app
+from heddle_server.server_address import ServerError
 from heddle_server.top import Sample, run_top, take_sample, view
 from live_server import live_server, server_config
 from test_adapter_api import upload, weights

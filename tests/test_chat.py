@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from demo_server import DemoServer, demo_server
 from heddle_demo.data import ADAPTERS_DIR
-from heddle_server.adapters_client import ServerError
 from heddle_server.chat.conversation import Conversation, Figures
 from heddle_server.chat.terminal import converse
 from heddle_server.cli import app
+from heddle_server.server_address import ServerError
 from heddle_server.server_client import ServerClient
 from live_server import live_server, server_config, wait_until
 from scripted_engine import NEVER_ENDS

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from demo_server import DemoServer, demo_server
 from heddle_demo.data import ADAPTERS, ADAPTERS_DIR
-from heddle_server.adapters_client import ServerError
 from heddle_server.cli import app
 from heddle_server.doctor.isolation import PROMPTS, Answer, Isolation, Together, Verdict, check_isolation
+from heddle_server.server_address import ServerError
 from heddle_server.server_client import ServerClient
 
 NUM_TOKENS = 6

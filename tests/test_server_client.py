@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from heddle_server.adapters_client import ServerError
+from heddle_server.server_address import ServerError
 from heddle_server.server_client import ServerClient
 
 BODIES = {

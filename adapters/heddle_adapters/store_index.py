@@ -23,6 +23,7 @@ from heddle_adapters.digest import digest_hex
 from heddle_adapters.errors import AdapterError, StoreUnusable, quoted
 from heddle_adapters.method import Combination
 from heddle_adapters.names import LATEST, check_alias
+from heddle_adapters.transaction import transaction
 
 LOCAL_OWNER = "local"  # whose everything is while nobody has an API key, and what an operator registers
 
@@ -311,7 +312,7 @@ class StoreIndex:
         either where `before_commit`, called when all is written, raises.
         """
         old, new = (set(record.versions if record else ()) for record in (before, after))
-        with self._transaction() as execute:
+        with transaction(self._connection) as execute:
             for version in old - new:
                 execute(
                     "UPDATE versions SET is_stored = 0 WHERE owner = ? AND name = ? AND version = ?",
@@ -339,7 +340,7 @@ class StoreIndex:
 
     def quarantine(self, digest: str, reason: str) -> None:
         """Remembers that content is damaged; durable on return."""
-        with self._transaction() as execute:
+        with transaction(self._connection) as execute:
             execute("INSERT OR REPLACE INTO quarantined VALUES (?, ?)", (digest, reason))
 
     def _migrate(self, must_exist: bool) -> None:
@@ -355,7 +356,7 @@ class StoreIndex:
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
         for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
-            with self._transaction() as execute:
+            with transaction(self._connection) as execute:
                 for statement in statements:
                     execute(statement)
                 execute(f"PRAGMA user_version = {number}")
@@ -390,17 +391,6 @@ class StoreIndex:
         if records.keys() != versions.keys():
             raise LookupError("a version has no name")
         return tuple(records.values())
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._connection.execute
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:  # SQLite has already rolled back some failures itself
-                self._connection.execute("ROLLBACK")
-            raise
 
 
 @contextmanager

@@ -222,7 +222,8 @@ def remove_command(
 @contextmanager
 def _client(server: str, api_key: str | None) -> Iterator[AdaptersClient]:
     """A client whose errors end the command with status 1 and one line."""
-    from heddle_server.adapters_client import AdaptersClient, ServerError
+    from heddle_server.adapters_client import AdaptersClient
+    from heddle_server.server_address import ServerError
 
     try:
         yield AdaptersClient(server, api_key)
@@ -354,7 +355,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def _plain(text: object) -> str:
-    from heddle_server.adapters_client import printable
+    from heddle_server.server_address import printable
 
     return printable(text)
 

@@ -9,10 +9,11 @@ import http.client
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
+
+from heddle_server.server_address import ServerAddress, ServerError, printable
 
 ADAPTERS_PATH = "/v1/adapters"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -21,26 +22,14 @@ CHUNK_BYTES = 1 << 20
 MAX_PAGE = 1000
 
 
-class ServerError(Exception):
-    """What the server refused, or why it could not be asked: one line for people."""
-
-
 class AdaptersClient:
     """One server. Every method raises `ServerError`."""
 
     def __init__(self, server: str, api_key: str | None = None) -> None:
         """`server` is a URL, or host and port; a path in it is put before the API's own."""
-        url = urlsplit(server if "://" in server else f"http://{server}")
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ServerError(f"{printable(server)} is no server's address; write for example http://127.0.0.1:8000.")
-        try:
-            self._host, self._port = url.hostname, url.port
-        except ValueError as error:
-            raise ServerError(f"{printable(server)} is no server's address: {error}.") from None
-        self._connect = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        self._address = f"{url.scheme}://{url.netloc}"
+        self._server = ServerAddress.of(server)
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._prefix = url.path.rstrip("/").removesuffix("/v1") + ADAPTERS_PATH
+        self._prefix = self._server.prefix + ADAPTERS_PATH
 
     def push(
         self,
@@ -116,18 +105,11 @@ class AdaptersClient:
     def _ask(
         self, method: str, path: str, body: Iterable[bytes] = (), headers: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        with closing(self._connect(self._host, self._port, timeout=TIMEOUT_SECONDS)) as connection:
-            try:
-                connection.connect()
-            except OSError as error:
-                raise ServerError(
-                    f"no server answers at {self._address} ({error.strerror or error}). Start one with "
-                    "`heddle serve MODEL`, or name it with --server."
-                ) from None
+        with self._server.connection(TIMEOUT_SECONDS) as connection:
             try:
                 return self._read(self._exchange(connection, method, self._prefix + path, body, headers or {}))
             except (OSError, http.client.HTTPException) as error:
-                raise ServerError(f"the answer of {self._address} was cut off ({error!r}).") from None
+                raise ServerError(f"the answer of {self._server.url} was cut off ({error!r}).") from None
 
     def _exchange(
         self,
@@ -159,12 +141,7 @@ class AdaptersClient:
         if isinstance(error, dict) and isinstance(error.get("message"), str):
             hint = " Give it with --api-key or HEDDLE_API_KEY." if error.get("code") == "missing_api_key" else ""
             raise ServerError(printable(error["message"]) + hint)
-        raise ServerError(f"{self._address} answers HTTP {response.status}; is it a heddle server?")
-
-
-def printable(value: object) -> str:
-    """Text from elsewhere without what would move the terminal's cursor or change its colours."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
+        raise ServerError(f"{self._server.url} answers HTTP {response.status}; is it a heddle server?")
 
 
 def _head(boundary: str, name: str) -> bytes:

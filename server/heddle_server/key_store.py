@@ -25,6 +25,7 @@ from typing import Literal, Self, get_args
 
 from heddle_adapters.errors import StoreUnusable, quoted
 from heddle_adapters.store_folder import make_private_file, make_store_folder
+from heddle_adapters.transaction import transaction
 from heddle_server.audit_log import AuditEntry, AuditLog
 
 Scope = Literal["infer", "adapters:read", "adapters:write", "admin"]
@@ -227,7 +228,7 @@ class KeyStore:
 
     def change_limits(self, tenant: str, changes: Mapping[str, int | float | None]) -> TenantLimits:
         """Sets these limits, by their names in `TenantLimits`, and leaves the others; all of them from now on."""
-        with self._lock, _usable(), self._transaction() as execute:
+        with self._lock, _usable(), transaction(self._connection) as execute:
             row = execute("SELECT * FROM limits WHERE tenant = ?", (tenant,)).fetchone()
             limits = replace(TenantLimits(*row[1:]) if row else NO_LIMITS, **changes)  # type: ignore[arg-type]
             values = asdict(limits)
@@ -251,7 +252,7 @@ class KeyStore:
 
     @contextmanager
     def _changing(self, entry: AuditEntry) -> Iterator[Callable[..., sqlite3.Cursor]]:
-        with self._lock, _usable(), self._transaction() as execute:
+        with self._lock, _usable(), transaction(self._connection) as execute:
             yield execute
             self._audit.append([entry])
             self._data_version = None
@@ -267,7 +268,7 @@ class KeyStore:
         self._limits = {tenant: TenantLimits(*values) for tenant, *values in limits}
 
     def _migrate(self) -> None:
-        with self._transaction() as execute:  # another process may be about to do the same
+        with transaction(self._connection) as execute:  # another process may be about to do the same
             (version,) = execute("PRAGMA user_version").fetchone()
             if version > len(MIGRATIONS):
                 raise StoreUnusable(
@@ -276,17 +277,6 @@ class KeyStore:
             for statement in (statement for statements in MIGRATIONS[version:] for statement in statements):
                 execute(statement)
             execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._connection.execute
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:  # SQLite has already rolled back some failures itself
-                self._connection.execute("ROLLBACK")
-            raise
 
 
 def is_tenant(text: str) -> bool:

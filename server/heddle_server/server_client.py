@@ -8,11 +8,10 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
-from heddle_server.adapters_client import ServerError, printable
+from heddle_server.server_address import ServerAddress, ServerError, printable
 
 Json = dict[str, Any]
 
@@ -22,16 +21,8 @@ class ServerClient:
 
     def __init__(self, server: str, api_key: str | None = None, *, timeout_seconds: float = 600.0) -> None:
         """`server` is a URL, or host and port; a path in it is put before the API's own."""
-        url = urlsplit(server if "://" in server else f"http://{server}")
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ServerError(f"{printable(server)} is no server's address; write for example http://127.0.0.1:8000.")
-        try:
-            self._host, self._port = url.hostname, url.port
-        except ValueError as error:
-            raise ServerError(f"{printable(server)} is no server's address: {error}.") from None
-        self._connect = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        self.address = f"{url.scheme}://{url.netloc}"
-        self._prefix = url.path.rstrip("/").removesuffix("/v1")
+        self._server = ServerAddress.of(server)
+        self.address = self._server.url
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._timeout_seconds = timeout_seconds
 
@@ -68,18 +59,11 @@ class ServerClient:
     @contextmanager
     def _answer(self, method: str, path: str, body: Mapping[str, object] | None) -> Iterator[http.client.HTTPResponse]:
         """The response with status 200, its body still to be read."""
-        with closing(self._connect(self._host, self._port, timeout=self._timeout_seconds)) as connection:
-            try:
-                connection.connect()
-            except OSError as error:
-                raise ServerError(
-                    f"no heddle server answers at {self.address} ({error.strerror or error}). Start one with "
-                    "`heddle serve MODEL`, or name it with --server."
-                ) from None
+        with self._server.connection(self._timeout_seconds) as connection:
             try:
                 content = None if body is None else json.dumps(body)
                 headers = {**self._headers, **({} if body is None else {"content-type": "application/json"})}
-                connection.request(method, self._prefix + path, content, headers)
+                connection.request(method, self._server.prefix + path, content, headers)
                 response = connection.getresponse()
                 if response.status != 200:
                     raise ServerError(self._refusal(response))

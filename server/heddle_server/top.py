@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from heddle_server.adapters_client import ServerError, printable
+from heddle_server.server_address import ServerError, printable
 from heddle_server.server_client import ServerClient
 from heddle_server.sizes import format_size
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from heddle_server.adapters_client import ServerError, printable
 from heddle_server.chat.conversation import BASE, Conversation, Figures
+from heddle_server.server_address import ServerError, printable
 
 NUM_LISTED = 1000
 HELP = "/adapter NAME speaks to another one, /adapters lists them, /new forgets what was said, /exit ends."

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from heddle_server.adapters_client import ServerError
 from heddle_server.chat.conversation import BASE, Conversation
 from heddle_server.commands.failure import as_one_line
 from heddle_server.commands.server_flags import DEFAULT_SERVER, ApiKey, ServerUrl
+from heddle_server.server_address import ServerError
 from heddle_server.server_client import ServerClient
 
 app = typer.Typer()

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heddle_server.adapters_client import ServerError
 from heddle_server.commands.failure import as_one_line
 from heddle_server.commands.server_flags import DEFAULT_SERVER, ApiKey, ServerUrl
 from heddle_server.options import ServeOptions
 from heddle_server.serve_flags import with_serve_options
+from heddle_server.server_address import ServerError
 
 if TYPE_CHECKING:
     from heddle_server.doctor.check import Check

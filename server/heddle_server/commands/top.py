@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from heddle_server.adapters_client import ServerError
 from heddle_server.commands.failure import as_one_line
 from heddle_server.commands.server_flags import DEFAULT_SERVER, ApiKey, ServerUrl
+from heddle_server.server_address import ServerError
 from heddle_server.top import run_top
 
 app = typer.Typer()

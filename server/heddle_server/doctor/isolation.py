@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from heddle_server.adapters_client import ServerError
 from heddle_server.doctor.check import Check
+from heddle_server.server_address import ServerError
 from heddle_server.server_client import ServerClient
 
 BASE = "base"

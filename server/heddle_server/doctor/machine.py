@@ -15,9 +15,9 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
 from heddle_kernels.dispatch import BackendUnavailable, Kernels, select_kernels
-from heddle_server.adapters_client import ServerError
 from heddle_server.doctor.check import Check
 from heddle_server.options import ServeOptions
+from heddle_server.server_address import ServerError
 from heddle_server.server_client import ServerClient
 from heddle_server.sizes import format_size
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
-from heddle_server.adapters_client import printable
 from heddle_server.doctor.check import Check
+from heddle_server.server_address import printable
 
 _STYLES = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 NAME_WIDTH = 16
