@@ -15,6 +15,7 @@ import pytest
 import scripted_engine
 from heddle_server.api import admission
 from live_server import live_server, server_config, wait_until
+from strict_client import strict_client
 from test_http_api import CHAT, HELLO, QUESTION, events, metric, refusal, running
 
 COMPLETIONS = "/v1/completions"
@@ -28,9 +29,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def official(client: httpx.Client) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0, _strict_response_validation=True
-    ) as official:
+    with strict_client(client.base_url) as official:
         yield official
 
 

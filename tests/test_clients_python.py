@@ -20,6 +20,7 @@ from clients_server import ANSWER, PIRATE, QUESTION, clients_server
 from documented import PAGE, snippets
 from heddle_demo.data import UPLOAD_DIR
 from live_server import wait_until
+from strict_client import strict_client
 from test_http_api import metric, running
 
 ASKED: ChatCompletionMessageParam = {"role": "user", "content": QUESTION}
@@ -43,9 +44,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def official(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{address}/v1", api_key="unused", max_retries=0, _strict_response_validation=True
-    ) as official:
+    with strict_client(address) as official:
         yield official
 
 

@@ -18,6 +18,7 @@ import scripted_engine
 from byte_tokenizer import save_tokenizer
 from heddle_server.api import streaming
 from live_server import live_server, server_config, wait_until
+from strict_client import strict_client
 
 CHAT = "/v1/chat/completions"
 QUESTION: ChatCompletionMessageParam = {"role": "user", "content": "Hello"}
@@ -33,9 +34,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def official(client: httpx.Client) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0, _strict_response_validation=True
-    ) as official:
+    with strict_client(client.base_url) as official:
         yield official
 
 

@@ -42,7 +42,7 @@ class World:
 
     def ask(self, tenant: str = "a", num_tokens: int = 0, *, is_cold: bool = False) -> Place:
         place = self.gate.enter(tenant)
-        place.queue(num_tokens, is_cold=is_cold)
+        place.queue([place], [num_tokens], is_cold=is_cold)
         return place
 
     def compute(self, num_tokens: int, seconds: float) -> None:
@@ -91,10 +91,10 @@ def test_answers_of_one_request_are_let_in_together_or_not_at_all() -> None:
     world = World(max_requests=4, queued_token_limit=lambda tenant: 100)
     first = world.gate.enter("a")
     places = [first, *first.take_more(2)]
-    first.queue_together(places, [60, 60, 60], is_cold=False)  # one request may always wait
+    first.queue(places, [60, 60, 60], is_cold=False)  # one request may always wait
     second = world.gate.enter("a")
     with pytest.raises(RateLimitExceeded, match="have 180 tokens, this request's have 10"):
-        second.queue(10)
+        second.queue([second], [10])
     with pytest.raises(Overloaded, match="no places for 1 more"):
         second.take_more(1)
     for place in (*places, second):
@@ -165,7 +165,7 @@ def test_who_was_refused_takes_no_place() -> None:
     place = world.gate.enter("a")  # both came in before either prompt was known
     world.compute(100, 1.0)
     with pytest.raises(Overloaded):
-        place.queue(1000)
+        place.queue([place], [1000])
     place.leave()
     assert world.gate.num_requests == 1
 

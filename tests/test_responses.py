@@ -20,6 +20,7 @@ from heddle_demo.data import ADAPTERS_DIR, BASE_DIR
 from heddle_server.api.responses_chat import chat_of
 from heddle_server.api.responses_protocol import ResponsesRequest
 from live_server import live_server, server_config, wait_until
+from strict_client import strict_client
 from test_http_api import CHAT, refusal
 from test_structured_output import CITY, TOOL_TEMPLATE
 
@@ -81,9 +82,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 def official(client: httpx.Client) -> openai.OpenAI:
     """OpenAI's client, which refuses what is not of its types."""
-    return openai.OpenAI(
-        base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0, _strict_response_validation=True
-    )
+    return strict_client(client.base_url)
 
 
 def schema_format(schema: object) -> dict[str, object]:

@@ -17,6 +17,7 @@ from openai.types.chat import ChatCompletionToolParam
 
 from demo_server import demo_server
 from heddle_demo.data import BASE_DIR
+from strict_client import strict_client
 from test_http_api import CHAT, events, refusal
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
@@ -63,9 +64,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def official(client: httpx.Client) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0, _strict_response_validation=True
-    ) as official:
+    with strict_client(client.base_url) as official:
         yield official
 
 

@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletionToolParam
 
 from byte_tokenizer import CHAT_TEMPLATE, save_tokenizer
 from live_server import live_server, server_config
+from strict_client import strict_client
 from test_http_api import CHAT, events
 
 # The template tells the model nothing of tools; what it contains tells the server how calls are written.
@@ -21,6 +22,7 @@ TEMPLATE = (
     )
     + "{% if tools %}{# <tool_call> <think> #}{% endif %}"
 )
+
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": [1, "é"]}}\n</tool_call>'
 TOOL: ChatCompletionToolParam = {"type": "function", "function": {"name": "f"}}
 
@@ -35,9 +37,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def official(client: httpx.Client) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0, _strict_response_validation=True
-    ) as official:
+    with strict_client(client.base_url) as official:
         yield official
 
 

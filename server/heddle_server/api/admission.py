@@ -130,7 +130,8 @@ class Admission:
         model = self.require_engine()
         self._check_token_ids(body, model.vocabulary_size)
         with ExitStack() as held:
-            place = self._take_place(tenant, held)
+            place = self._gate.enter(tenant)
+            held.callback(place.leave)
             adapters = self._bind(body, tenant)
             held.callback(self._holds.release, adapters)
             prompts = await make_prompts()
@@ -153,18 +154,13 @@ class Admission:
             places = [place, *place.take_more(len(answered) - 1)]
             for each in places[1:]:
                 held.callback(each.leave)
-            place.queue_together(places, [len(prompt.token_ids) for prompt in answered], is_cold=is_cold)
+            place.queue(places, [len(prompt.token_ids) for prompt in answered], is_cold=is_cold)
             generations = [
                 self._generation(body, request, prompt, adapters, place)
                 for request, prompt, place in zip(requests, answered, places, strict=True)
             ]
             self.require_engine()
             return Answer(generations, self._tokenizer, held.pop_all())
-
-    def _take_place(self, tenant: str, held: ExitStack) -> Place:
-        place = self._gate.enter(tenant)
-        held.callback(place.leave)
-        return place
 
     def _generation(
         self, body: AnyBody, request: Request, prompt: _Prompt, adapters: AdapterChoice, place: Place
@@ -206,7 +202,10 @@ class Admission:
 
     async def _grammar(self, body: AnyBody, tenant: str, prompts: Sequence[_Prompt], model: ModelCard) -> str | None:
         """What the answer must follow, tried out; raises `InvalidRequest`."""
-        param = "tools" if isinstance(body, ChatCompletionRequest) and body.forced_tools else "response_format"
+        is_forced = isinstance(body, ChatCompletionRequest) and bool(body.forced_tools)
+        if not is_forced and body.response_format is None:
+            return None
+        param = "tools" if is_forced else "response_format"
         try:
             grammar = await asyncio.to_thread(self._answer_grammar, body, prompts[0])
         except ValueError as error:  # numbers beyond 64 bits, for one

@@ -89,16 +89,12 @@ class Place:
         self._gate.check_places(self._load, num_places)
         return [Place(self._gate, self._load) for _ in range(num_places)]
 
-    def queue(self, num_prompt_tokens: int, *, is_cold: bool = False) -> None:
-        """The prompt is known and goes to the engine; raises `Overloaded` if too many came before it meanwhile, and
-        `RateLimitExceeded` if the tenant may not have so much more waiting.
+    def queue(self, places: Sequence[Place], num_prompt_tokens: Sequence[int], *, is_cold: bool = False) -> None:
+        """The prompts of all answers of the request, this one's among them, are known and go to the engine together.
 
-        `is_cold`: its adapter has to come to the device first.
+        Raises `Overloaded` if too many came before meanwhile, and `RateLimitExceeded` if the tenant may not have so
+        much more waiting; then none of them waits. `is_cold`: the adapter has to come to the device first.
         """
-        self.queue_together([self], [num_prompt_tokens], is_cold=is_cold)
-
-    def queue_together(self, places: Sequence[Place], num_prompt_tokens: Sequence[int], *, is_cold: bool) -> None:
-        """`queue` for all answers of one request: either all of them wait or none."""
         self._gate.check_wait(self._load)
         self._gate.check_queued(self._load, sum(num_prompt_tokens))
         for place, num_tokens in zip(places, num_prompt_tokens, strict=True):
