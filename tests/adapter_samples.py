@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -23,6 +23,16 @@ BASE = BaseLayout(
     quantization="none",
     sites=(Site(Q, "linear", 8, 8, False), Site(V, "linear", 8, 4, True), Site(DOWN, "linear", 16, 8, False)),
 )
+
+
+class NoBase:
+    """`source.BaseWeights` for adapters that are compiled without them: asking for one fails."""
+
+    def weight(self, path: str) -> NoReturn:
+        raise AssertionError(f"asked for the base's weight of {path}")
+
+    def bias(self, path: str) -> NoReturn:
+        raise AssertionError(f"asked for the base's bias of {path}")
 
 
 def tensor_name(site: str, part: str) -> str:

@@ -10,6 +10,8 @@ from functools import partial
 from typing import Any
 
 from adapter_samples import BASE, lora_config
+from heddle_adapters.method import METHODS
+from heddle_adapters.methods.refused_methods import REFUSED_METHODS
 from hostile_case import Bytes, Cases, bad_config, bad_config_text, bad_rank, honest, shown
 
 MIB = 2**20
@@ -271,22 +273,20 @@ def patterns() -> Cases:
 
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "use_dora": (True, 1, "false", [0]),
+    "use_dora": (1, "false", [0], {"a": 1}),
     "modules_to_save": (["lm_head"], ["embed_tokens", "lm_head"], "lm_head", [".*"], {"lm_head": 1}, True),
     "layer_replication": ([[0, 1]], [[0, 4], [2, 5]] * 500, [[0, 10**9]], "0-4"),
     "trainable_token_indices": ([0, 1], [-1], {"embed_tokens": [0]}, [10**12]),
     "target_parameters": (["feed_forward.experts.gate_up_proj"], ["q_proj.weight"], "x"),
     "alora_invocation_tokens": ([1, 2, 3], [0]),
     "arrow_config": ({"top_k": 3}, {"router_temperature": 1e308}),
-    "kasa_config": ({"beta": 1e-4},),
     "megatron_config": ({"tensor_model_parallel_size": 2}, "megatron.core"),
-    "monteclora_config": ({"num_samples": 4},),
-    "use_bdlora": ({"nblocks": 2}, True),
+    "use_bdlora": (True, 2, "yes", [2], {"nblocks": 2, "shards": 2}, {"nblocks": 3, "target_modules_bd_a": ["q_proj"]}),
     "use_qalora": (True, "yes"),
     "init_lora_weights": (
-        "pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "kasa", "other", "", 7, [], ["eva"], {"a": 1},
+        "pissa_niter_16", "corda", "loftq", "lora_ga", "kasa", "other", "", 7, [], ["eva"], {"a": 1},
     ),
-    "bias": ("all", "lora_only", "None", "NONE", "none ", "", True, False, 0, [], ["none"], {"none": 1}),
+    "bias": ("boft_only", "None", "NONE", "none ", True, False, 0, [], ["none"], {"none": 1}),
     "use_rslora": ("true", 1, 0, 1.0, [], [True], {}),
     "lora_bias": ("true", 1, 0, 1.0, [], [True], {}),
 }  # fmt: skip
@@ -337,12 +337,32 @@ def options() -> Cases:
         f"unknown {shown(field)}": bad_config("this server does not know what it means", **{field: value})
         for field, value in UNKNOWN_OPTIONS.items()
     }
-    return known | unknown
+    variants: list[tuple[str, Any]] = [
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("use_dora", True),
+        ("use_bdlora", {"nblocks": 2}),
+    ]
+    together = {
+        f"{field} {shown(value)} with KaSA": bad_config(
+            f"{field} and kasa_config are set together", **{field: value}, kasa_config={"beta": 1e-4}
+        )
+        for field, value in [*variants, ("alora_invocation_tokens", [1])]
+    }
+    biased = {
+        f"lora_bias with {shown(value)}": bad_config("lora_bias is true, which", lora_bias=True, **{field: value})
+        for field, value in variants
+    }
+    transposed = {
+        f"fan_in_fan_out with {field}": bad_config("fan_in_fan_out is true", fan_in_fan_out=True, **{field: value})
+        for field, value in {"init_lora_weights": "olora", "kasa_config": {}}.items()
+    }
+    return known | unknown | together | biased | transposed
 
 
 def methods() -> Cases:
-    """Methods of PEFT's that are not served, and what is no method at all."""
-    names = ["ADALORA", "ADAPTION_PROMPT", "BOFT", "BONE", "C3A", "CPT", "FOURIERFT", "GRALORA", "HRA", "LILY"]
+    """Another method's name over a LoRA, of one that is served or not, and what is no method at all."""
+    names = ["ADAPTION_PROMPT", "BOFT", "BONE", "C3A", "CPT", "FOURIERFT", "GRALORA", "HRA", "LILY"]
     names += ["LN_TUNING"]
     names += ["LOHA", "LOKR", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF", "POLY", "PREFIX_TUNING", "PROMPT_TUNING"]
     names += ["P_TUNING", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT", "XLORA"]
@@ -360,16 +380,23 @@ def methods() -> Cases:
         "os.system",
     ]
     names += ["X" * 9999]
-    unserved = {f"{shown(name)}": bad_config("this server takes LORA, IA3", peft_type=name) for name in names}
+    untrue = {f"{shown(name)}": bad_config(reason_against(name), peft_type=name) for name in names}
     typed = {
         f"peft_type {shown(value)}": bad_config("peft_type must be a string", peft_type=value)
         for value in (7, 1.5, True, False, ["LORA"], {"LORA": 1}, [])
     }
-    return unserved | typed | {
+    return untrue | typed | {
         "peft_type null": bad_config("peft_type is missing", peft_type=None),
         "empty object": bad_config_text("peft_type is missing", b"{}"),
         "one unknown key": bad_config_text("peft_type is missing", b'{"a": 1}'),
     }  # fmt: skip
+
+
+def reason_against(peft_type: str) -> str:
+    """What is wrong with a LoRA's config under that name."""
+    if peft_type in REFUSED_METHODS:
+        return "which is not served"
+    return "does not know what it means" if peft_type in METHODS else "this server takes ADALORA"
 
 
 def fingerprints() -> Cases:

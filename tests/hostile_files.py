@@ -384,15 +384,11 @@ def entries() -> Cases:
 def dtypes() -> Cases:
     sizes = {
         "F64": 8,
-        "I64": 8,
         "U64": 8,
         "C64": 8,
-        "I32": 4,
         "U32": 4,
-        "I16": 2,
         "U16": 2,
         "I8": 1,
-        "U8": 1,
         "BOOL": 1,
     }
     sizes |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
@@ -404,12 +400,27 @@ def dtypes() -> Cases:
         )
         for dtype, size in sizes.items()
     }
+    whole = {"I64": 8, "I32": 4, "I16": 2, "U8": 1}  # which some methods' tensors are, and a LoRA's are not
+    whole_numbers = {
+        f"{dtype} of the right size": bad_header(
+            "of the wrong type",
+            {"t": {"dtype": dtype, "shape": [64 // size], "data_offsets": [0, 64]}},
+            bytes(64),
+        )
+        for dtype, size in whole.items()
+    }
+    whole_numbers |= {
+        "I32 over F32 data": bad_field("of the wrong type", dtype="I32"),
+        "I64 over F32 data": bad_field("in I64 takes 128", dtype="I64"),
+        "I16 over F32 data": bad_field("in I16 takes 32", dtype="I16"),
+        "U8 over F32 data": bad_field("in U8 takes 16", dtype="U8"),
+    }
     names = ["f32", "F32 ", " F32", "F32\0", "Ｆ32", "float32", "torch.float32", "FP32", "F", "", "F4", "F6_E2M3"]
     names += ["F128"]
     names += ["BF16\n", "__class__", "F32" * 1000, "F32,F16", "object", "O", "<f4", "|S8"]
     wrong = {f"named {shown(name)}": bad_field("served are", dtype=name) for name in names}
     half = {f"{dtype} over F32 data": bad_field(f"in {dtype} takes 32", dtype=dtype) for dtype in ("F16", "BF16")}
-    return right_size | wrong | half
+    return right_size | whole_numbers | wrong | half
 
 
 def shapes_in_the_header() -> Cases:

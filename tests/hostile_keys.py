@@ -79,8 +79,10 @@ def keys_of_the_base() -> Cases:
     names += [f"{Q}.weight", f"{Q}.bias", f"{V}.bias", f"{Q}.weight.absmax", f"{Q}.weight.quant_map", f"{Q}.scale"]
     names += [f"{Q}.weight.quant_state.bitsandbytes__nf4", f"{layer}.self_attn.rotary_emb.inv_freq", "model.weight"]
     owned = [f"{Q}.base_layer.weight", f"{Q}.base_layer.bias", f"{DOWN}.base_layer.weight.absmax"]
-    owned += ["model.embed_tokens.base_layer.weight", "lm_head.base_layer.weight", f"{Q}.base_layer.base_layer.weight"]
+    absent = ["model.embed_tokens.base_layer.weight", "lm_head.base_layer.weight", f"{Q}.base_layer.base_layer.weight"]
     reasons = dict.fromkeys(names, NOT_A_PART) | dict.fromkeys(owned, "the base's own tensors cannot be uploaded")
+    reasons |= dict.fromkeys(absent, "does not have")
+    reasons |= {f"{DOWN}.base_layer.weight": f"has base_layer.weight for {DOWN}, but no lora_A.weight"}
     plain = {name: extra(reason, name) for name, reason in reasons.items()}
     prefixed = {
         f"prefixed {name}": extra(reason, tensor_name(name.rpartition(".")[0], name.rpartition(".")[2]))
@@ -150,15 +152,18 @@ def parts_nobody_serves() -> Cases:
     parts += ["randlora_A"]
     parts += ["modules_to_save.weight", "modules_to_save.default.weight", "original_module.weight", "lora_mixer.weight"]
     parts += ["trainable_tokens_delta", "token_adapter.trainable_tokens_delta", "shira_weight", "c3a_kernel"]
-    parts += ["adaption_gate"]
+    parts += ["adaption_gate", "lora_velora_embed", "lora_monteclora_sampler.std_prior"]
     unknown = {part: extra(NOT_A_PART, tensor_name(Q, part)) for part in parts}
     top = ["prompt_embeddings", "prompt_encoder.default.embedding.weight", "base_model.prompt_encoder.weight", "step"]
     top += ["x"]
     whole = {f"{name} at the top": extra(NOT_A_PART, name) for name in [*top, A, "weight", "base_model.model", "."]}
     known = {
-        "magnitude": extra("DoRA is not served", tensor_name(Q, "lora_magnitude_vector")),
-        "embedding A": extra("embedding is not served", tensor_name("model.embed_tokens", "lora_embedding_A")),
-        "embedding B": extra("embedding is not served", tensor_name("model.embed_tokens", "lora_embedding_B")),
+        "magnitude": extra("the config has use_dora false", tensor_name(Q, "lora_magnitude_vector")),
+        "diagonal": extra("the config has no kasa_config", tensor_name(Q, "lora_diag")),
+        "embedding A": extra("does not have", tensor_name("model.embed_tokens", "lora_embedding_A")),
+        "embedding B": extra("does not have", tensor_name("model.embed_tokens", "lora_embedding_B")),
+        "embedding A of a linear layer": extra(NOT_A_PART, tensor_name(Q, "lora_embedding_A")),
+        "embedding B of a linear layer": extra(NOT_A_PART, tensor_name(Q, "lora_embedding_B")),
         "bias without lora_bias": extra("the config has lora_bias false", tensor_name(Q, "lora_B.bias")),
     }
     return unknown | whole | known

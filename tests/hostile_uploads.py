@@ -10,6 +10,7 @@ from collections.abc import Callable
 import hostile_configs as configs
 import hostile_files as files
 import hostile_keys as keys
+import hostile_promises as promises
 import hostile_tensors as tensors
 from hostile_case import Cases
 
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Callable[[], Cases]] = {
     "alpha": configs.alphas,
     "pattern": configs.patterns,
     "option": configs.options,
+    "promise": promises.broken_promises,
     "method": configs.methods,
     "fingerprint": configs.fingerprints,
 }

@@ -45,6 +45,7 @@ def _configs() -> dict[str, Upload]:
             for name in ("rank_pattern", "alpha_pattern")
         },
         "options left unset": {f"option{number}": None for number in range(1000)} | {"use_dora": False, "bias": None},
+        "bias left empty": {"bias": ""},
     }
     return {name: Upload(config_bytes(lora_config(**changes)), honest().weights) for name, changes in fields.items()}
 

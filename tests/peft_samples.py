@@ -18,8 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from heddle_adapters.base_layout import BaseLayout, Site
+from heddle_adapters.canonical import Floats
 
 KINDS = ("lora", "rslora", "patterns", "lora_bias", "ia3", "ia3_feedforward")
+KINDS_OF_WEIGHTS = ("dora",)  # beside these: what the adapter computes depends on the base's own numbers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -75,10 +77,26 @@ def layout_of(model: Any) -> BaseLayout:
     )
 
 
+class ModelWeights:
+    """`source.BaseWeights` out of a torch model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def weight(self, path: str) -> Floats:
+        module = self._model.get_submodule(path)
+        weight: Floats = module.weight.detach().float().numpy()
+        return weight.T if isinstance(module, Conv1D) else weight
+
+    def bias(self, path: str) -> Floats | None:
+        bias = getattr(self._model.get_submodule(path), "bias", None)
+        return None if bias is None else bias.detach().float().numpy()
+
+
 def make_adapter(
     model: Any, kind: str, folder: Path, *, rank: int = 4, targets: tuple[str, ...] | None = None, seed: int = 0
 ) -> Any:
-    """Saves a random adapter of one of `KINDS` into `folder` and returns its PeftModel, which wraps a copy of `model`.
+    """Saves a random adapter of such a kind into `folder` and returns its PeftModel, which wraps a copy of `model`.
 
     `targets` are module path endings; by default all linear layers but the head.
     """
@@ -120,6 +138,8 @@ def _config(model: Any, kind: str, rank: int, targets: tuple[str, ...]) -> Any:
         return LoraConfig(use_rslora=True, **common)
     if kind == "lora_bias":
         return LoraConfig(lora_bias=True, **common)
+    if kind == "dora":
+        return LoraConfig(use_dora=True, **common)
     if kind == "patterns":
         first, second = list(_linear_layers(model))[:2]
         last = targets[-1]

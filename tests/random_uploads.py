@@ -23,7 +23,7 @@ class RandomUploads:
 
     def put(self, name: str, *, rank: int, seed: int, alpha: float = 8.0, strength: float = 0.3) -> AdapterVersion:
         random = np.random.default_rng(seed)
-        sites = [site for site in self.base.sites if site.path != "lm_head"]
+        sites = [site for path, site in self.base.by_path("linear").items() if path != "lm_head"]
         tensors = {
             f"base_model.model.{site.path}.{part}.weight": random.normal(0, strength, shape).astype(np.float32)
             for site in sites

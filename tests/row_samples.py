@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heddle_adapters.base_layout import BaseLayout, Site
-from heddle_adapters.canonical import CompiledAdapter, Floats, SiteUpdate
+from heddle_adapters.base_layout import BaseLayout, KvLayout, Site
+from heddle_adapters.canonical import CompiledAdapter, Floats, PrefixKv, Rows, SiteUpdate, TokenRows
 from heddle_adapters.device_rows import DeviceRows, PlacedAdapter
 from heddle_adapters.eviction import EvictionOrder
 from heddle_adapters.packed_adapter import PackedAdapter
 from heddle_adapters.packer import Packer
 from heddle_adapters.page_pool import PagePool
+from heddle_adapters.positions import Positions
 from heddle_kernels.reference import ReferenceOps
 from heddle_kernels.segments import BASE_SLOT, Segments
 from heddle_kernels.site_group import SiteGroup
 
 PAGE_BYTES = 512
 DIGEST = "sha256:" + "7" * 64
+ALL_TOKENS = Positions()
 
 POPULARITY: dict[str, list[int]] = {  # which of the placed adapters each run of tokens uses
     "distinct": [0, 1, 2, 3, 4, 5],
@@ -54,12 +56,11 @@ def normal(generator: np.random.Generator, *shape: int) -> Floats:
 
 
 def random_rows(site: Site, rank: int, generator: np.random.Generator, has_bias: bool = False) -> SiteUpdate:
+    a, b = normal(generator, rank, site.in_features), normal(generator, rank, site.out_features)
+    gain, c = normal(generator, rank), normal(generator, rank)
     return SiteUpdate(
         site=site.path,
-        a=normal(generator, rank, site.in_features),
-        b=normal(generator, rank, site.out_features),
-        gain=normal(generator, rank),
-        c=normal(generator, rank),
+        rows=Rows.of(a, b, gain, c) if rank else None,
         bias=normal(generator, site.out_features) if has_bias else None,
     )
 
@@ -75,6 +76,15 @@ def random_scales(site: Site, generator: np.random.Generator, of_input: bool) ->
     )
 
 
+def random_tokens(generator: np.random.Generator, token_ids: list[int], width: int, reach_head: bool) -> TokenRows:
+    return TokenRows(np.array(token_ids, np.int64), normal(generator, len(token_ids), width), reach_head)
+
+
+def random_prefix(generator: np.random.Generator, kv: KvLayout, num_tokens: int) -> PrefixKv:
+    shape = (kv.num_layers, num_tokens, kv.num_kv_heads, kv.head_dim)
+    return PrefixKv(normal(generator, *shape), normal(generator, *shape))
+
+
 def rounded(update: SiteUpdate, dtype: torch.dtype) -> SiteUpdate:
     """The update with its rows as the pool holds them."""
 
@@ -82,7 +92,10 @@ def rounded(update: SiteUpdate, dtype: torch.dtype) -> SiteUpdate:
         stored: Floats = torch.from_numpy(values).to(dtype).float().numpy()
         return stored
 
-    return replace(update, a=as_stored(update.a), b=as_stored(update.b))
+    rows = update.rows
+    if rows is None:
+        return update
+    return replace(update, rows=replace(rows, a=as_stored(rows.a), b=as_stored(rows.b)))
 
 
 def canonical(update: SiteUpdate | None, x: Tensor, weight: Tensor, b0: Tensor | None) -> Tensor:
@@ -96,7 +109,10 @@ def canonical(update: SiteUpdate | None, x: Tensor, weight: Tensor, b0: Tensor |
         return x @ weight.T + b0
     x, out_scale = x * exact(update.in_scale, 1), exact(update.out_scale, 1)
     y = out_scale * (x @ weight.T) + (out_scale if update.scales_base_bias else 1) * b0 + exact(update.bias, 0)
-    for a, b, gain, c in zip(*(exact(part, 0) for part in (update.a, update.b, update.gain, update.c)), strict=True):
+    if update.rows is None:
+        return y
+    parts = (exact(part, 0) for part in (update.rows.a, update.rows.b, update.rows.gain, update.rows.c))
+    for a, b, gain, c in zip(*parts, strict=True):
         y = y + gain * (x @ a + c)[:, None] * b
     return y
 
@@ -119,8 +135,12 @@ def pack(
     dtype: torch.dtype,
     updates: list[SiteUpdate],
     base_bias: Mapping[str, Floats] | None = None,
+    tokens: TokenRows | None = None,
+    prefix: PrefixKv | None = None,
+    positions: Positions = ALL_TOKENS,
 ) -> PackedAdapter:
-    return Packer(layout, dtype_name(dtype), PAGE_BYTES, base_bias or {}).pack(CompiledAdapter(DIGEST, tuple(updates)))
+    packer = Packer(layout, dtype_name(dtype), PAGE_BYTES, base_bias or {})
+    return packer.pack(CompiledAdapter(DIGEST, tuple(updates), tokens, prefix, positions))
 
 
 def place(rows: DeviceRows, packed: PackedAdapter) -> PlacedAdapter:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from heddle_adapters.base_layout import Site
-from heddle_adapters.canonical import SiteUpdate
+from heddle_adapters.canonical import Rows, SiteUpdate
 from heddle_adapters.device_rows import DeviceRows
 from heddle_kernels.ops import Ops
 from heddle_kernels.segments import BASE_SLOT, Segments
@@ -71,16 +71,23 @@ class RowWorld:
         columns = zip(base.split_with_sizes(widths, dim=1), b0.split_with_sizes(widths), strict=True)
         for site, (y, bias) in zip(group.sites, columns, strict=True):
             update = rounded(self.updates[slot][site - self.group.first_site], self.dtype)
-            a, b, gain, c = (torch.from_numpy(part).double() for part in (update.a, update.b, update.gain, update.c))
             if update.out_scale is not None:
                 y = torch.from_numpy(update.out_scale).double() * (y - bias) + bias
             if update.bias is not None:
                 y = y + torch.from_numpy(update.bias).double()
-            h = x @ a.T + c
-            for i, number in enumerate(self.activations(slot, site)):
-                y = y + (gain[i] * ACTIVATIONS[number](h[:, i]))[:, None] * b[i]
-            outputs.append(y)
+            outputs.append(
+                y if update.rows is None else y + self._of_rows(update.rows, self.activations(slot, site), x)
+            )
         return torch.cat(outputs, dim=1)
+
+    @staticmethod
+    def _of_rows(rows: Rows, activations: list[int], x: Tensor) -> Tensor:
+        a, b, gain, c = (torch.from_numpy(part).double() for part in (rows.a, rows.b, rows.gain, rows.c))
+        h = x @ a.T + c
+        y = torch.zeros(len(x), b.shape[1]).double()
+        for i, number in enumerate(activations):
+            y = y + (gain[i] * ACTIVATIONS[number](h[:, i]))[:, None] * b[i]
+        return y
 
     def run(self, ops: Ops, x: Tensor, y: Tensor, b0: Tensor | None, segments: Segments, group: SiteGroup) -> Tensor:
         """y changed as a woven linear changes it; y itself stays."""

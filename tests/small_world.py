@@ -14,6 +14,7 @@ from heddle_adapters.host_tier import HostTier
 from heddle_adapters.mix import AdapterPart
 from heddle_adapters.packed_adapter import PackedAdapter
 from heddle_adapters.page_pool import PagePool
+from heddle_adapters.positions import Positions
 from heddle_adapters.residency import Residency
 from heddle_server.engine.kv_cache import KvCache
 from heddle_server.engine.scheduler import Scheduler, StepPlan
@@ -23,11 +24,16 @@ from heddle_server.request import LOCAL_TENANT, Request, SamplingParams
 PAGE_TOKENS = 4
 PAGE_BYTES = 16
 MAX_STEPS = 50
+VOCABULARY = 1000  # ids from here on are virtual tokens
+EVERYWHERE = Positions()
 
 
-def packed_adapter(digest: str, num_pages: int) -> PackedAdapter:
+def packed_adapter(
+    digest: str, num_pages: int, num_prefix_tokens: int = 0, positions: Positions = EVERYWHERE
+) -> PackedAdapter:
     """Pages and no rows: enough for whoever only moves it about."""
     nothing = np.zeros(0, np.int64)
+    assert num_pages * PAGE_TOKENS >= num_prefix_tokens, "its keys and values have no room"
     return PackedAdapter(
         digest=digest,
         pages=np.zeros((num_pages, PAGE_BYTES), np.uint8),
@@ -43,6 +49,9 @@ def packed_adapter(digest: str, num_pages: int) -> PackedAdapter:
         gain=nothing.astype(np.float32),
         c=nothing.astype(np.float32),
         activation=nothing.astype(np.int8),
+        num_prefix_tokens=num_prefix_tokens,
+        num_prefix_pages=-(-num_prefix_tokens // PAGE_TOKENS),
+        positions=positions,
     )
 
 
@@ -56,10 +65,19 @@ class Placed:
     slot: int
     page_map: Pages
     used_bytes: int = 0
+    num_prefix_tokens: int = 0
+    num_prefix_pages: int = 0
+    positions: Positions = EVERYWHERE
+    answers_tokens: bool = False
 
     @property
     def num_pages(self) -> int:
         return len(self.page_map.pages)
+
+    @property
+    def prefix_pages(self) -> list[int]:
+        pages: list[int] = self.page_map.pages[: self.num_prefix_pages].tolist()
+        return pages
 
 
 @dataclass
@@ -74,7 +92,14 @@ class PageRows:
         return Pages(np.array(self.pool.allocate(packed.num_pages), np.int64))
 
     def publish(self, packed: PackedAdapter, page_map: Pages) -> Placed:
-        return Placed(self.slots.pop(0), page_map, packed.used_bytes)
+        return Placed(
+            self.slots.pop(0),
+            page_map,
+            packed.used_bytes,
+            packed.num_prefix_tokens,
+            packed.num_prefix_pages,
+            packed.positions,
+        )
 
     def cancel(self, page_map: Pages) -> None:
         for page in page_map.pages.tolist():
@@ -84,7 +109,7 @@ class PageRows:
         self.cancel(placed.page_map)
         self.slots.insert(0, placed.slot)
 
-    def compose(self, parts: Sequences[tuple[Placed, float]]) -> Placed:
+    def compose(self, parts: Sequences[tuple[Placed, float]], ranks: Sequences[int | None] | None = None) -> Placed:
         pages = Pages(np.array(self.pool.allocate(self.mix_pages), np.int64))
         return Placed(self.slots.pop(0), pages)
 
@@ -97,6 +122,8 @@ class HandLoader:
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}  # pages by digest; 1 where nothing is said
+        self.prefixes: dict[str, int] = {}  # tokens whose keys and values an adapter brings, by digest
+        self.positions: dict[str, Positions] = {}  # of the tokens that an adapter changes, by digest
         self.broken: dict[str, Exception] = {}
         self.holds_reads = self.holds_copies = False
         self.reading: dict[str, Future[PackedAdapter]] = {}
@@ -119,7 +146,12 @@ class HandLoader:
         if digest in self.broken:
             read.set_exception(self.broken[digest])
         else:
-            read.set_result(packed_adapter(digest, self.sizes.get(digest, 1)))
+            read.set_result(self._packed(digest))
+
+    def _packed(self, digest: str) -> PackedAdapter:
+        num_prefix_tokens = self.prefixes.get(digest, 0)
+        num_pages = self.sizes.get(digest, max(1, -(-num_prefix_tokens // PAGE_TOKENS)))
+        return packed_adapter(digest, num_pages, num_prefix_tokens, self.positions.get(digest, EVERYWHERE))
 
     def copy(self, packed: PackedAdapter, page_map: Pages) -> Future[None]:
         copied: Future[None] = Future()
@@ -170,30 +202,38 @@ class SmallWorld:
         *,
         tenant: str = LOCAL_TENANT,
         salt: bytes = b"",
+        num_virtual_tokens: int = 0,
+        **sampling: int,
     ) -> Sequence:
         self.next_id += 1
         request = Request(
             request_id=self.next_id,
             prompt_token_ids=prompt,
-            sampling=SamplingParams(max_tokens=50),
+            sampling=SamplingParams(**{"max_tokens": 50, **sampling}),  # type: ignore[arg-type]
             adapters=(AdapterPart(adapter),) if isinstance(adapter, str) else adapter,
             tenant=tenant,
             cache_salt=salt,
+            num_virtual_tokens=num_virtual_tokens,
         )
-        sequence = Sequence.of(request)
+        sequence = Sequence.of(request, vocabulary_size=VOCABULARY)
         self.scheduler.add(sequence)
         return sequence
 
     def step(self) -> StepPlan:
-        """Plan, then pretend that the model ran and every complete sequence got token 7."""
+        """Plan, then pretend that the model ran."""
         plan = self.scheduler.plan()
+        self.run(plan)
+        return plan
+
+    def run(self, plan: StepPlan) -> None:
+        """Every chunk is computed, and every complete sequence gets token 7."""
         for chunk in plan.chunks:
+            chunk.sequence.num_unscored -= len(chunk.scored)
             chunk.sequence.num_computed += chunk.num_tokens
             self.kv_cache.remember(chunk.sequence)
             if chunk.completes:
                 chunk.sequence.token_ids.append(7)
         self.check()
-        return plan
 
     def step_until_running(self, sequence: Sequence) -> None:
         for _ in range(MAX_STEPS):

@@ -13,6 +13,8 @@ import pytest
 from safetensors.numpy import save
 
 import scripted_engine
+from heddle_adapters.positions import Positions
+from heddle_server.api.adapter_card import positions_text
 from live_server import live_server, server_config, wait_until
 from test_http_api import CHAT, HELLO, metric, refusal
 
@@ -88,8 +90,12 @@ def test_an_upload_serves_the_very_next_request(client: httpx.Client) -> None:
         "method": "LoRA",
         "rank": 2,
         "combination": "sum",
+        "sites": {"model.layers.*.self_attn.q_proj": 1},
+        "positions": "all tokens",
+        "num_virtual_tokens": 0,
         "size_bytes": len(weights()),
         "pool_bytes_estimate": 2 * (8 + 8) * 4,
+        "pool_pages": 1,
         "status": "ready",
         "reason": None,
         "tier": "disk",
@@ -117,8 +123,22 @@ def test_uploads_survive_a_restart(tmp_path: Path) -> None:
     with live_server(config) as client:
         card = upload(client, "pirate").json()
     with live_server(config) as client:
-        assert client.get(f"{ADAPTERS}/pirate").json()["digest"] == card["digest"]
+        del card["is_new_version"]
+        assert client.get(f"{ADAPTERS}/pirate").json() == card
         assert client.post(CHAT, json={"messages": HELLO, "adapter": "pirate"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("positions", "text"),
+    [
+        (Positions(), "all tokens"),
+        (Positions(invocation=(1,)), "its invocation and all that follows"),
+        (Positions(num_first=4, num_last=3), "the first 4 and the last 3 tokens of the prompt"),
+        (Positions(num_last=1), "the last 1 token of the prompt"),
+    ],
+)
+def test_what_it_acts_on_in_words(positions: Positions, text: str) -> None:
+    assert positions_text(positions) == text
 
 
 @pytest.mark.usefixtures("store")

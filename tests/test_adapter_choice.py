@@ -26,14 +26,21 @@ IA3_CONFIG = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_mod
 LOAD_MS = scripted_engine.LOAD_SECONDS * 1000
 
 
-def chosen(name: str, combination: Combination = "sum", scale: float = 1.0, digest: str | None = None) -> ChosenAdapter:
+def chosen(
+    name: str,
+    combination: Combination = "sum",
+    scale: float = 1.0,
+    digest: str | None = None,
+    rank: int | None = None,
+    max_rank: int = 8,
+) -> ChosenAdapter:
     version = AdapterVersion(
         owner="local",
         name=name.partition("@")[0],
         version=1,
         digest=digest or f"sha256:{name}",
         method="LoRA" if combination == "sum" else "IA3",
-        max_rank=8,
+        max_rank=max_rank,
         num_rows=8,
         size_bytes=1000,
         created_unix_seconds=0,
@@ -41,7 +48,7 @@ def chosen(name: str, combination: Combination = "sum", scale: float = 1.0, dige
         num_vector_values=0,
         combination=combination,
     )
-    return ChosenAdapter(name, scale, version, version.owner)
+    return ChosenAdapter(name, scale, version, version.owner, rank)
 
 
 def check(*adapters: ChosenAdapter) -> None:
@@ -73,6 +80,24 @@ def test_the_same_adapter_twice_is_refused_with_the_sum() -> None:
         check(chosen("a@1", digest="sha256:x"), chosen("b"), chosen("a@prod", digest="sha256:x"))
     with pytest.raises(InvalidRequest, match=r"Name it once\.$"):
         check(chosen("a", "product"), chosen("a", "product"))
+
+
+def test_a_rank_is_one_that_the_adapter_has_and_can_do_with() -> None:
+    check(chosen("a", rank=1))
+    check(chosen("a", rank=8, scale=0.5), chosen("b"))
+    with pytest.raises(InvalidRequest, match="'a' has rank 8, and rank 9 is asked for"):
+        check(chosen("a", rank=9))
+    without_ranks: list[tuple[Combination, int]] = [("alone", 8), ("product", 0), ("sum", 0)]
+    for combination, max_rank in without_ranks:
+        with pytest.raises(InvalidRequest, match=r"'a' .* cannot be used at a lower rank"):
+            check(chosen("b"), chosen("a", combination, rank=1, max_rank=max_rank))
+
+
+def test_a_rank_is_part_of_the_identity() -> None:
+    choices = [AdapterChoice((chosen("a", rank=rank),)) for rank in (None, 1, 2, 8)]
+    assert len({choice.key for choice in choices}) == 4
+    assert [choice.single is not None for choice in choices] == [True, False, False, False]
+    assert [choice.parts[0].rank for choice in choices] == [None, 1, 2, 8]
 
 
 def test_the_order_of_a_mix_does_not_count() -> None:
@@ -164,6 +189,33 @@ def test_a_scaled_adapter_is_not_the_adapter_as_it_was_trained(client: httpx.Cli
     assert [each["scale"] for each in scaled["adapters"]] == [0.5]
     plain = ask(client, [{"name": "pirate", "scale": 1}]).json()["heddle"]
     assert (plain["adapter"], plain["digest"]) == ("pirate", digests["pirate@1"])
+
+
+def test_an_adapter_at_a_lower_rank_is_told_with_it(client: httpx.Client, digests: dict[str, str]) -> None:
+    cut = ask(client, {"name": "pirate", "rank": 1}).json()["heddle"]
+    assert cut["digest"] == adapter_key([AdapterPart(digests["pirate@1"], rank=1)]) != digests["pirate@1"]
+    assert [(each["scale"], each["rank"]) for each in cut["adapters"]] == [(1.0, 1)]
+    mix = ask(client, [{"name": "pirate", "rank": 1, "scale": 0.5}, "team/sql"]).json()["heddle"]
+    assert [each.get("rank") for each in mix["adapters"]] == [1, None]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "param", "words"),
+    [
+        ({"name": "pirate", "rank": 3}, "adapter", "has rank 2"),
+        ({"name": "loud", "rank": 1}, "adapter", "'loud' (IA3)"),
+        ({"name": "base", "rank": 1}, "adapter.rank", "The base has no rank"),
+        ({"name": "pirate", "rank": 0}, "adapter.rank", ""),
+        ({"name": "pirate", "rank": 1.0}, "adapter.rank", ""),
+        ({"name": "pirate", "rank": True}, "adapter.rank", ""),
+        (["pirate", {"name": "team/sql", "rank": "2"}], "adapter.1.rank", ""),
+        ({"name": "pirate", "rank": 10**30}, "adapter.rank", ""),
+    ],
+)
+def test_refused_ranks(client: httpx.Client, adapter: object, param: str, words: str) -> None:
+    response = ask(client, adapter)
+    assert refusal(response) == (400, "invalid_request", param)
+    assert words in response.json()["error"]["message"]
 
 
 def test_model_and_adapter_may_name_the_same_one(client: httpx.Client) -> None:

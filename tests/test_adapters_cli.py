@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 import scripted_engine
+from heddle_server.adapter_text import print_card
 from heddle_server.adapters_cli import parse_duration
 from heddle_server.adapters_client import AdaptersClient
 from heddle_server.cli import app
@@ -80,7 +81,7 @@ def test_push_ls_and_show(heddle: Heddle, folder: Path) -> None:
     assert heddle("ls").startswith("no adapters; upload one with")
     pushed = heddle("push", str(folder), "--tag", "a", "--tag", "b", "--description", "For [b]queries[/b]", "--pin")
     assert pushed.startswith("pushed sql@")
-    assert "LoRA, rank 2, 376 B, takes 128 B of the page pool" in pushed
+    assert "LoRA, rank 2 at 1 module, 376 B, takes 128 bytes of the page pool: 1 page" in pushed
     heddle("push", str(folder), "--name", "team/sql", "--alias", "prod", "--ttl", "7d")
     table = heddle("ls")
     assert [line.split()[0] for line in table.splitlines() if line.strip()][2:] == ["sql", "team/sql"]
@@ -96,14 +97,68 @@ def test_push_ls_and_show(heddle: Heddle, folder: Path) -> None:
     assert "expires" in shown
     assert "sha256:" in shown
     assert "For [b]queries[/b]" in heddle("show", "sql")
+    for line in (
+        "sites        model.layers.*.self_attn.q_proj",
+        "acts on      all tokens",
+        "cost         128 bytes of the page pool: 1 page",
+    ):
+        assert line in shown.splitlines()
     (version,) = heddle.json("show", "sql")["versions"]  # type: ignore[index]
     assert version["object"] == "adapter.version"
+
+
+def test_a_card_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    attention = {f"model.layers.*.self_attn.{name}": 24 for name in ("q_proj", "k_proj")}
+    card = {
+        "name": "both",
+        "version": 1,
+        "num_versions": 1,
+        "description": "",
+        "tags": [],
+        "method": "LoRA + prefix tuning",
+        "rank": 8,
+        "combination": "alone",
+        "sites": {**attention, "model.layers.*.mlp.down_proj": 24, "lm_head": 1, "keys and values of every layer": 1},
+        "positions": "the first 4 and the last 4 tokens of the prompt",
+        "num_virtual_tokens": 20,
+        "size_bytes": 1 << 20,
+        "pool_bytes_estimate": 86_016,
+        "pool_pages": 3,
+        "status": "ready",
+        "reason": None,
+        "tier": "disk",
+        "created": 0,
+        "owner": "local",
+        "visibility": "private",
+        "pinned": False,
+        "expires": None,
+        "aliases": {},
+        "digest": "sha256:0",
+    }
+    print_card(card, [])
+    assert capsys.readouterr().out.startswith(
+        """\
+name         both
+version      1 of 1
+method       LoRA + prefix tuning, rank 8
+sites        model.layers.*.self_attn.{q_proj,k_proj}, 24 each
+             model.layers.*.mlp.down_proj, 24
+             lm_head
+             keys and values of every layer
+acts on      the first 4 and the last 4 tokens of the prompt
+tokens       puts 20 tokens before every prompt
+in a mix     cannot take part
+file         1.0 MiB
+cost         86,016 bytes of the page pool: 3 pages
+is           ready, disk
+"""
+    )
 
 
 def test_a_dry_run_tells_and_stores_nothing(heddle: Heddle, folder: Path) -> None:
     said = heddle("push", str(folder), "--dry-run")
     assert "sql would be taken: LoRA, rank 2" in said
-    assert "(1 page, 12.50% of it)" in said
+    assert "takes 128 bytes of the page pool: 1 page (12.50% of it)" in said
     assert "a new adapter" in said
     assert heddle.json("ls") == []
     heddle("push", str(folder), "--name", "other")

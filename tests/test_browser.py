@@ -99,6 +99,9 @@ def test_a_cold_start_is_explained_and_the_badge_follows(page: Playground) -> No
     page.pick(1, "reversed")
     assert page.pane(1).locator(".chosen .tier").inner_text() == "disk"
     assert "It is on disk: the first reply waits for the load." in page.pane(1).locator(".empty").inner_text()
+    facts = page.pane(1).locator(".empty .report").inner_text().split("\n")
+    assert facts[:2] == ["Method", "LoRA, rank 32"]
+    assert facts[-2:] == ["Page pool", "1,376,256 bytes: 14 pages"]
     page.ask(QUESTION)
     state = page.pane(1).locator(".reply .state")
     load = page.pane(1).locator("dd").nth(2).inner_text()
@@ -182,7 +185,8 @@ def test_an_adapter_is_dropped_tried_uploaded_and_asked(page: Playground, client
     page.tab.locator("#upload-name").fill("robot")
     page.tab.locator("#upload-name").press("Tab")
     findings.get_by_text("robot is free.").wait_for()
-    assert "% of it" in findings.inner_text()
+    assert "model.layers.*.mlp.{gate_proj,up_proj,down_proj}, 6 each" in findings.inner_text()
+    assert re.search(r"1,290,240 bytes: 14 pages, [0-9.]+ % of it", findings.inner_text())
     page.picture("upload", "#upload-dialog")
     page.tab.locator("#upload-dialog [type=submit]:enabled").click()
     page.pane(3).wait_for()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,21 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from transformers.pytorch_utils import Conv1D
 
-from adapter_samples import BASE, DOWN, Q, V, config_bytes, lora_config, lora_tensors, tensor_name, write_weights
+from adapter_samples import (
+    BASE,
+    DOWN,
+    NoBase,
+    Q,
+    V,
+    config_bytes,
+    lora_config,
+    lora_tensors,
+    tensor_name,
+    write_weights,
+)
 from heddle_adapters.adapter_config import AdapterConfig
-from heddle_adapters.canonical import Floats, SiteUpdate
+from heddle_adapters.base_layout import Site
+from heddle_adapters.canonical import Floats, Rows, SiteUpdate
 from heddle_adapters.checkpoint import Checkpoint, read_checkpoint
 from heddle_adapters.errors import AdapterIncompatible, InvalidAdapter
 from heddle_adapters.store import AdapterStore
@@ -45,7 +58,38 @@ def apply(update: SiteUpdate, layer: Any, x: Floats) -> Floats:
     b0 = np.float32(0) if layer.bias is None else layer.bias.detach().numpy()
     y = out_scale * ((x if update.in_scale is None else update.in_scale * x) @ weight.T)
     y = y + (out_scale if update.scales_base_bias else 1) * b0 + (0 if update.bias is None else update.bias)
-    return np.asarray(y + (update.gain * (x @ update.a.T + update.c)) @ update.b, np.float32)
+    if update.rows is not None:
+        y = y + (update.rows.gain * (x @ update.rows.a.T + update.rows.c)) @ update.rows.b
+    return np.asarray(y, np.float32)
+
+
+def rows_of(update: SiteUpdate) -> Rows:
+    assert update.rows is not None
+    return update.rows
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_whole"),
+    [
+        ({"layers_to_transform": [0]}, True),
+        ({"layers_to_transform": 0}, True),
+        ({"layers_to_transform": [0, 1]}, False),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, True),
+        ({"exclude_modules": ["nothing"]}, False),
+    ],
+)
+def test_half_an_adapter_is_refused_whatever_picks_its_modules(
+    rule: dict[str, Any], is_whole: bool, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    adapted(model, LoraConfig(target_modules=["q_proj"], layers_to_transform=[0])).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "layers_to_transform": None, **rule}))
+    if is_whole:
+        assert read_folder(tmp_path, tiny_llama()).sites == ("model.layers.0.self_attn.q_proj",)
+    else:
+        with pytest.raises(InvalidAdapter, match=r"promises: model\.layers\.1\.self_attn\.q_proj"):
+            read_folder(tmp_path, tiny_llama())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,9 +99,10 @@ def test_peft_saves_fold_to_what_peft_computes(model: Any, kind: str, tmp_path: 
     assert checkpoint.method == LABELS.get(kind, "LoRA")
     assert checkpoint.sites == tuple(site.path for site in layout_of(model).sites)
     generator = np.random.default_rng(0)
-    for update in checkpoint.compile().updates:
+    for update in checkpoint.compile(NoBase()).updates:
         layer = peft_model.base_model.model.get_submodule(update.site)
-        x = generator.standard_normal((5, update.a.shape[1])).astype(np.float32)
+        in_features = layout_of(model).site(update.site).in_features
+        x = generator.standard_normal((5, in_features)).astype(np.float32)
         with torch.no_grad():
             expected = layer(torch.from_numpy(x)).numpy()
             base = layer.base_layer(torch.from_numpy(x)).numpy()
@@ -69,12 +114,13 @@ def test_peft_saves_fold_to_what_peft_computes(model: Any, kind: str, tmp_path: 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "patterns", "lora_bias"])
 def test_rows_sum_to_the_dense_delta(model: Any, kind: str, tmp_path: Path) -> None:
     peft_model = make_adapter(model, kind, tmp_path)
-    for update in read_folder(tmp_path, model).compile().updates:
+    for update in read_folder(tmp_path, model).compile(NoBase()).updates:
         layer = peft_model.base_model.model.get_submodule(update.site)
         delta = layer.get_delta_weight("default").detach().numpy()
         delta = delta.T if isinstance(layer.base_layer, Conv1D) else delta
-        rows = sum(gain * np.outer(b, a) for gain, a, b in zip(update.gain, update.a, update.b, strict=True))
-        np.testing.assert_allclose(rows, delta, atol=1e-5, rtol=0)
+        rows = rows_of(update)
+        summed = sum(gain * np.outer(b, a) for gain, a, b in zip(rows.gain, rows.a, rows.b, strict=True))
+        np.testing.assert_allclose(summed, delta, atol=1e-5, rtol=0)
         assert np.abs(delta).max() > 100 * 1e-5
 
 
@@ -82,13 +128,13 @@ def test_patterns_give_each_module_its_rank_and_scale(tmp_path: Path) -> None:
     llama = tiny_llama()
     peft_model = make_adapter(llama, "patterns", tmp_path)
     checkpoint = read_folder(tmp_path, llama)
-    updates = {update.site: update for update in checkpoint.compile().updates}
+    updates = {update.site: update for update in checkpoint.compile(NoBase()).updates}
     assert len({update.num_rows for update in updates.values()}) > 2
-    assert len({float(update.gain[0]) for update in updates.values()}) > 3
+    assert len({float(rows_of(update).gain[0]) for update in updates.values()}) > 3
     for site, update in updates.items():
         layer = peft_model.base_model.model.get_submodule(site)
         assert update.num_rows == layer.r["default"]
-        assert update.gain[0] == pytest.approx(layer.scaling["default"], rel=1e-6)
+        assert rows_of(update).gain[0] == pytest.approx(layer.scaling["default"], rel=1e-6)
     assert checkpoint.max_rank == max(update.num_rows for update in updates.values())
     assert checkpoint.num_rows == sum(update.num_rows for update in updates.values())
 
@@ -112,8 +158,8 @@ def test_memory_estimate_is_the_size_of_what_is_compiled(tmp_path: Path) -> None
     for kind in KINDS:
         make_adapter(llama, kind, tmp_path / kind)
         checkpoint = read_folder(tmp_path / kind, llama)
-        updates = checkpoint.compile().updates
-        rows = sum(update.a.nbytes + update.b.nbytes for update in updates)
+        updates = checkpoint.compile(NoBase()).updates
+        rows = sum(update.rows.a.nbytes + update.rows.b.nbytes for update in updates if update.rows is not None)
         vectors = [vector for update in updates for vector in (update.in_scale, update.out_scale, update.bias)]
         vector_bytes = sum(vector.nbytes for vector in vectors if vector is not None)
         assert checkpoint.estimate_bytes(4) == rows + vector_bytes
@@ -125,10 +171,10 @@ def test_half_precision_saves_are_widened_exactly(tmp_path: Path) -> None:
     llama = tiny_llama()
     peft_model = make_adapter(llama, "lora", tmp_path)
     peft_model.to(torch.bfloat16).save_pretrained(tmp_path)
-    for update in read_folder(tmp_path, llama).compile().updates:
+    for update in read_folder(tmp_path, llama).compile(NoBase()).updates:
         layer = peft_model.base_model.model.get_submodule(update.site)
-        np.testing.assert_array_equal(update.a, layer.lora_A["default"].weight.detach().float().numpy())
-        np.testing.assert_array_equal(update.b.T, layer.lora_B["default"].weight.detach().float().numpy())
+        np.testing.assert_array_equal(rows_of(update).a, layer.lora_A["default"].weight.detach().float().numpy())
+        np.testing.assert_array_equal(rows_of(update).b.T, layer.lora_B["default"].weight.detach().float().numpy())
 
 
 def test_some_targets_and_keys_without_the_prefix(tmp_path: Path) -> None:
@@ -260,28 +306,50 @@ def ones(*shape: int) -> Floats:
 
 
 A, B = "lora_A.weight", "lora_B.weight"
+
+
+def whole_numbers(_: dict[str, Any], tensors: Tensors) -> None:
+    tensors[tensor_name(Q, A)] = np.ones((2, 8), np.int32)
+
+
 REFUSED: dict[str, tuple[Change, str, str]] = {
     # what the config asks for
     "no peft_type": (config(peft_type=None), CONFIG, "peft_type is missing"),
-    "unknown peft_type": (config(peft_type="OFT"), CONFIG, "this server takes LORA, IA3"),
+    "unknown peft_type": (config(peft_type="LoRA"), CONFIG, "this server takes ADALORA"),
     "peft_type a number": (config(peft_type=3), CONFIG, "peft_type must be a string"),
-    "DoRA": (config(use_dora=True), CONFIG, "use_dora is true"),
-    "bias all": (config(bias="all"), CONFIG, "bias is not 'none'"),
-    "bias lora_only": (config(bias="lora_only"), CONFIG, "bias is not 'none'"),
-    "modules_to_save": (config(modules_to_save=["lm_head"]), CONFIG, "modules_to_save is set"),
-    "trainable tokens": (config(trainable_token_indices=[1, 2]), CONFIG, "trainable_token_indices is set"),
+    "DoRA without magnitudes": (config(use_dora=True), WEIGHTS, f"{Q}, but no lora_magnitude_vector"),
+    "DoRA not a flag": (config(use_dora="yes"), CONFIG, "use_dora must be true or false"),
+    "DoRA and a bias": (config(use_dora=True, lora_bias=True), CONFIG, "lora_bias is true, which DoRA does not go"),
+    "bias all": (config(bias="all"), WEIGHTS, f"lacks biases that bias of adapter_config.json promises: {V}"),
+    "bias lora_only": (config(bias="lora_only"), WEIGHTS, f"lacks biases that bias of {CONFIG} promises: {V}"),
+    "bias of another method": (config(bias="boft_only"), CONFIG, "bias is 'boft_only'; it must be 'none', 'all' or"),
+    "modules_to_save": (
+        config(modules_to_save=["lm_head"]),
+        CONFIG,
+        "has nothing for 'lm_head', which modules_to_save",
+    ),
+    "trainable tokens of text": (config(trainable_token_indices=["x"]), CONFIG, "trainable_token_indices must hold"),
     "layer replication": (config(layer_replication=[[0, 1]] * 1000), CONFIG, "layer_replication is set"),
-    "activated LoRA": (config(alora_invocation_tokens=[1]), CONFIG, "alora_invocation_tokens is set"),
+    "activated LoRA of text": (config(alora_invocation_tokens="go"), CONFIG, "alora_invocation_tokens must be a list"),
     "QA-LoRA": (config(use_qalora=True), CONFIG, "use_qalora is true"),
     "Arrow": (config(arrow_config={"top_k": 3}), CONFIG, "arrow_config is set"),
-    "KaSA": (config(kasa_config={"beta": 1}), CONFIG, "kasa_config is set"),
-    "MonteCLoRA": (config(monteclora_config={"n": 1}), CONFIG, "monteclora_config is set"),
-    "BD-LoRA": (config(use_bdlora={"nblocks": 2}), CONFIG, "use_bdlora is set"),
+    "KaSA without diagonals": (config(kasa_config={"beta": 1}), WEIGHTS, f"{Q}, but no lora_diag"),
+    "KaSA and DoRA": (config(kasa_config={}, use_dora=True), CONFIG, "use_dora and kasa_config are set together"),
+    "BD-LoRA not an object": (config(use_bdlora=True), CONFIG, "use_bdlora must be an object"),
+    "BD-LoRA of odd blocks": (
+        config(use_bdlora={"nblocks": 3, "target_modules_bd_a": ["q_proj"]}),
+        CONFIG,
+        "its 3 blocks do not divide rank 2 and width 8",
+    ),
     "Megatron": (config(megatron_config={"x": 1}), CONFIG, "megatron_config is set"),
     "target parameters": (config(target_parameters=["experts"]), CONFIG, "target_parameters is set"),
-    "PiSSA": (config(init_lora_weights="pissa"), CONFIG, "init_lora_weights is 'pissa'"),
+    "PiSSA and DoRA": (
+        config(init_lora_weights="pissa", use_dora=True),
+        CONFIG,
+        "init_lora_weights and use_dora are set together",
+    ),
     "PiSSA niter": (config(init_lora_weights="pissa_niter_16"), CONFIG, "path_initial_model_for_weight_conversion"),
-    "OLoRA": (config(init_lora_weights="olora"), CONFIG, "init_lora_weights is 'olora'"),
+    "OLoRA transposed": (config(init_lora_weights="olora", fan_in_fan_out=True), CONFIG, "fan_in_fan_out is true"),
     "CorDA": (config(init_lora_weights="corda"), CONFIG, "init_lora_weights is 'corda'"),
     "LoftQ": (config(init_lora_weights="loftq"), CONFIG, "init_lora_weights is 'loftq'"),
     "LoRA-GA": (config(init_lora_weights="lora_ga"), CONFIG, "init_lora_weights is 'lora_ga'"),
@@ -326,8 +394,9 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "unknown key": (raw("something"), WEIGHTS, "'something'"),
     "suffix without module": (raw("lora_A.weight"), WEIGHTS, "'lora_A.weight'"),
     "path traversal": (raw("../../etc/passwd"), WEIGHTS, "'../../etc/passwd'"),
-    "embedding": (raw("base_model.model.model.embed_tokens.lora_embedding_A"), WEIGHTS, "embedding is not served"),
-    "magnitude": (tensor(Q, "lora_magnitude_vector", ones(8)), WEIGHTS, "DoRA is not served"),
+    "base layer of another module": (tensor(DOWN, "base_layer.weight", ones(8, 16)), WEIGHTS, "base_layer.weight for"),
+    "magnitude": (tensor(Q, "lora_magnitude_vector", ones(8)), WEIGHTS, "the config has use_dora false"),
+    "diagonal": (tensor(Q, "lora_diag", ones(2)), WEIGHTS, "the config has no kasa_config"),
     "unexpected bias": (tensor(Q, "lora_B.bias", ones(8)), WEIGHTS, "the config has lora_bias false"),
     "bias missing": (config(lora_bias=True), WEIGHTS, "but no lora_B.bias"),
     "B missing": (without(Q, B), WEIGHTS, "q_proj, but no lora_B.weight"),
@@ -336,6 +405,11 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "key twice": (raw(f"{Q}.{A}"), WEIGHTS, "keep one of them"),
     "NaN": (poisoned(float("nan")), WEIGHTS, "v_proj.lora_B.weight' holds NaN or infinite"),
     "infinity": (poisoned(float("inf")), WEIGHTS, "v_proj.lora_B.weight' holds NaN or infinite"),
+    "whole numbers": (
+        whole_numbers,
+        WEIGHTS,
+        f"of the wrong type, whole numbers or floating-point: '{tensor_name(Q, A)}'",
+    ),
     "scalar A": (tensor(Q, A, np.array(1, np.float32)), WEIGHTS, "lora_A.weight of " + Q + " has shape []"),
     # IA3
     "IA3 regex": (ia3({"feedforward_modules": ".*down"}, (8, 1), (1, 16)), CONFIG, "feedforward_modules is a regular"),
@@ -346,7 +420,11 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         WEIGHTS,
         "says that it scales the layer's input",
     ),
-    "IA3 modules_to_save": (ia3({"modules_to_save": ["norm"]}, (8, 1), (8, 1)), CONFIG, "modules_to_save is set"),
+    "IA3 modules_to_save": (
+        ia3({"modules_to_save": ["norm"]}, (8, 1), (8, 1)),
+        CONFIG,
+        "has nothing for 'norm', which modules_to_save",
+    ),
     "IA3 with rank": (ia3({"r": 8}, (8, 1), (8, 1)), CONFIG, "'r' is set"),
 }
 
@@ -357,6 +435,14 @@ INCOMPATIBLE: dict[str, tuple[Change, str, str]] = {
     "B transposed": (tensor(V, B, ones(2, 4)), WEIGHTS, "must be [4, 2] and is [2, 4]"),
     "A of three dimensions": (tensor(Q, A, ones(2, 8, 1)), WEIGHTS, "must be [2, 8] and is [2, 8, 1]"),
     "a layer too many": (raw("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"), WEIGHTS, "layers.7"),
+    "embedding": (raw("base_model.model.model.embed_tokens.lora_embedding_A"), WEIGHTS, "'model.embed_tokens'"),
+    "trainable tokens": (config(trainable_token_indices=[1, 2]), CONFIG, "does not name this base's token embedding"),
+    "activated LoRA": (config(alora_invocation_tokens=[1]), CONFIG, "alora_invocation_tokens holds 1, and the tokens"),
+    "BD-LoRA of whole matrices": (
+        config(use_bdlora={"nblocks": 2, "target_modules_bd_a": ["q_proj"]}),
+        WEIGHTS,
+        f"{tensor_name(Q, A)} must be [2, 4] and is [2, 8]",
+    ),
     "IA3 width": (ia3({}, (9, 1), (8, 1)), WEIGHTS, "must be [8, 1] and is [9, 1]"),
     "other base": (config(heddle_base_fingerprint="sha256:1"), CONFIG, "heddle_base_fingerprint is 'sha256:1'"),
 }
@@ -449,17 +535,96 @@ def test_the_right_fingerprint_is_taken(tmp_path: Path) -> None:
     digest_of(tmp_path, lora_config(heddle_base_fingerprint=BASE.fingerprint))
 
 
-def test_peft_saves_with_features_that_are_not_served(tmp_path: Path) -> None:
-    """The refusals above are typed by hand; these files PEFT wrote itself."""
-    cases: dict[str, dict[str, Any]] = {
-        "use_dora": {"use_dora": True},
-        "modules_to_save": {"modules_to_save": ["lm_head"]},
-        "embedding": {"target_modules": ["embed_tokens"]},
-        "init_lora_weights": {"init_lora_weights": "olora"},
-        "bias": {"bias": "all"},
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+WHOLE = replace(
+    BASE,
+    sites=(*BASE.sites, Site(HEAD, "linear", 8, 10, False), Site(EMBEDDING, "embedding", 10, 8, False)),
+    embedding=EMBEDDING,
+    head=HEAD,
+)
+OF_EMBEDDING = {tensor_name(EMBEDDING, EMBEDDING_A): ones(2, 10), tensor_name(EMBEDDING, EMBEDDING_B): ones(8, 2)}
+OF_HEAD = {tensor_name(HEAD, A): ones(2, 8), tensor_name(HEAD, B): ones(10, 2)}
+
+
+def halves(*shape: int) -> Floats:
+    return np.full(shape, 0.5, np.float32)
+
+
+class Halves:
+    """`source.BaseWeights` of `WHOLE`, in which every number is a half."""
+
+    def weight(self, path: str) -> Floats:
+        site = WHOLE.site(path)
+        is_embedding = site.kind == "embedding"
+        return halves(
+            *((site.in_features, site.out_features) if is_embedding else (site.out_features, site.in_features))
+        )
+
+    def bias(self, path: str) -> Floats | None:
+        return halves(4) if path == V else None
+
+
+def copied(path: str, value: Floats) -> Tensors:
+    return {tensor_name(path, "base_layer.weight"): value}
+
+
+BASE_COPIES: dict[str, tuple[Tensors, str]] = {
+    "of an embedding that is not adapted": (copied(EMBEDDING, ones(10, 8)), f"{EMBEDDING}, but no {EMBEDDING_A}"),
+    "of a head that is not adapted": (copied(HEAD, ones(10, 8)), f"for {HEAD}, but no {A}"),
+    "of an embedding that is not adapted, equal": (copied(EMBEDDING, halves(10, 8)), f"but no {EMBEDDING_A}"),
+    "of a head that is not adapted, equal": (copied(HEAD, halves(10, 8)), f"for {HEAD}, but no {A}"),
+    "of another layer": (copied(DOWN, halves(8, 16)), f"for {DOWN}, but no {A}"),
+    "of an adapted layer": (copied(Q, halves(8, 8)), "the base's own tensors cannot be uploaded"),
+    "another embedding": (OF_EMBEDDING | copied(EMBEDDING, ones(10, 8)), "is not the weight of this server's base"),
+    "another head": (OF_HEAD | copied(HEAD, ones(10, 8)), "is not the weight of this server's base"),
+    "a larger embedding": (OF_EMBEDDING | copied(EMBEDDING, halves(11, 8)), "must be [10, 8] and is [11, 8]"),
+    "a flat head": (OF_HEAD | copied(HEAD, halves(80)), "must be [10, 8] and is [80]"),
+    "a head of NaN": (OF_HEAD | copied(HEAD, ones(10, 8) * np.nan), "holds NaN or infinite values"),
+    "a head beside an adapted embedding": (OF_EMBEDDING | copied(HEAD, halves(10, 8)), f"for {HEAD}, but no {A}"),
+    "half an embedding": ({tensor_name(EMBEDDING, EMBEDDING_A): ones(2, 10)}, f"{EMBEDDING}, but no {EMBEDDING_B}"),
+    "the other half": ({tensor_name(EMBEDDING, EMBEDDING_B): ones(8, 2)}, f"{EMBEDDING}, but no {EMBEDDING_A}"),
+}
+
+
+@pytest.mark.parametrize("case", BASE_COPIES)
+def test_refuses_copies_of_the_base_that_are_none(case: str, tmp_path: Path) -> None:
+    more, message = BASE_COPIES[case]
+    weights = write_weights(tmp_path / WEIGHTS, lora_tensors() | more)
+    with pytest.raises(InvalidAdapter) as caught:
+        read_checkpoint(config_bytes(lora_config()), weights, WHOLE, Halves())
+    assert message in caught.value.message
+    assert isinstance(caught.value, AdapterIncompatible) == ("must be" in message)
+    assert caught.value.param == WEIGHTS
+
+
+@pytest.mark.parametrize("path", [EMBEDDING, HEAD])
+def test_takes_copies_of_the_base_that_are_equal(path: str, tmp_path: Path) -> None:
+    own = OF_EMBEDDING if path == EMBEDDING else OF_HEAD
+    weights = write_weights(tmp_path / WEIGHTS, lora_tensors() | own | copied(path, halves(10, 8)))
+    checkpoint = read_checkpoint(config_bytes(lora_config()), weights, WHOLE, Halves())
+    assert path in checkpoint.sites
+    assert not any(site in (EMBEDDING, HEAD) and site != path for site in checkpoint.sites)
+
+
+def test_peft_saves_under_a_config_that_says_less(tmp_path: Path) -> None:
+    """The refusals above are typed by hand; these files PEFT wrote itself, and only the config's word is taken back."""
+    cases: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+        "DoRA": ({"use_dora": True}, {"use_dora": False}, "the config has use_dora false"),
+        "module": ({"modules_to_save": ["lm_head"]}, {"modules_to_save": None}, "lm_head.weight'"),
+        "embedding": ({"target_modules": ["embed_tokens"]}, {"r": 3}, "gives that module rank 3"),
+        "bias": ({"bias": "all"}, {"bias": "none"}, "the base's own tensors cannot be uploaded"),
     }
-    for message, options in cases.items():
-        peft_model = adapted(tiny_llama(), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
-        peft_model.save_pretrained(tmp_path / message, save_embedding_layers=False)
-        with pytest.raises(InvalidAdapter, match=message):
-            read_folder(tmp_path / message, tiny_llama())
+    for name, (options, taken_back, message) in cases.items():
+        model = tiny_qwen2()  # whose q_proj has a bias
+        base = layout_of(model)
+        embedding = model.get_input_embeddings()
+        vocabulary = Site(EMBEDDING, "embedding", embedding.num_embeddings, embedding.embedding_dim, False)
+        base = replace(base, sites=(*base.sites, vocabulary), embedding=EMBEDDING)
+        folder = tmp_path / name
+        peft_model = adapted(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
+        peft_model.save_pretrained(folder, save_embedding_layers=False)
+        fields = json.loads((folder / CONFIG).read_bytes()) | taken_back
+        with pytest.raises(InvalidAdapter) as caught:
+            read_checkpoint(config_bytes(fields), folder / WEIGHTS, base)
+        assert message in caught.value.message

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 
 from client_packages import CLIENTS, python_packages
 from clients_server import ANSWER, PIRATE, clients_server, is_city
-from dequantised import dequantised_twin
 from documented import snippets
 from heddle_demo.chat import Chat
 from heddle_demo.data import BASE_DIR
+from heddle_demo.parity.dequantised import dequantised_twin
 from heddle_demo.world import questions
 from test_demo_parity import Oracle
 

@@ -1,4 +1,7 @@
-"""The demo's adapters on its NF4 base against PEFT: float32 to the last digits, bfloat16 no worse than PEFT itself."""
+"""The demo's adapters on its NF4 base against PEFT: float32 to the last digits, bfloat16 no worse than PEFT itself.
+
+What PEFT does not have is compared with the demo's own module, which trained it.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
-from peft import PeftModel
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dequantised import dequantised_twin
 from engine_driver import Answer, make_request, run
 from heddle_adapters.checkpoint import read_checkpoint
 from heddle_adapters.store import AdapterStore
+from heddle_demo.adapters import RECIPES, load_adapter
 from heddle_demo.chat import Chat
-from heddle_demo.data import ADAPTERS, ADAPTERS_DIR, BASE_DIR, UPLOAD_DIR, UPLOADS
+from heddle_demo.data import BASE_DIR, DATA_DIR
+from heddle_demo.fit import Batch, logits
+from heddle_demo.parity.dequantised import dequantised_twin
+from heddle_demo.tokenizer import load_tokenizer
 from heddle_demo.world import questions
 from heddle_server.config import EngineConfig
 from heddle_server.engine.engine import Engine
@@ -34,10 +39,9 @@ from tolerances import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # raised by PEFT
 
-FOLDERS = {
-    **{name: ADAPTERS_DIR / name for name in ADAPTERS},
-    **{name: UPLOAD_DIR / name for name in UPLOADS},
-}
+FOLDERS = {recipe.name: DATA_DIR / recipe.folder / recipe.name for recipe in RECIPES}
+BY_NAME = {recipe.name: recipe for recipe in RECIPES}
+TOKENIZER = load_tokenizer(BASE_DIR)
 NAMES = ["base", *FOLDERS]
 VOCABULARY = 1024
 QUESTIONS = [example.question for example in questions()[::41]]
@@ -45,7 +49,7 @@ QUESTIONS = [example.question for example in questions()[::41]]
 
 @dataclass
 class Oracle:
-    """A base with every adapter loaded by PEFT; only one active at a time, batch 1, no padding."""
+    """A base with every adapter loaded as it was trained; only one active at a time, batch 1, no padding."""
 
     base: Any
     dtype: torch.dtype
@@ -54,12 +58,15 @@ class Oracle:
     def logprobs(self, name: str, token_ids: list[int], first: int) -> Tensor:
         """Of positions first.. on: [num_positions, vocabulary]."""
         if name != "base" and name not in self.models:
-            self.models[name] = PeftModel.from_pretrained(copy.deepcopy(self.base), FOLDERS[name]).eval()
+            base = copy.deepcopy(self.base)
+            self.models[name] = load_adapter(base, BY_NAME[name], TOKENIZER, FOLDERS[name])
         # PEFT's IA3 on a 4-bit layer answers in float32; attention takes that beside a bfloat16 query in autocast only.
         needs_autocast = name == "capitals" and self.dtype == torch.bfloat16
+        ids = torch.tensor([token_ids])
+        batch = Batch(ids, torch.arange(len(token_ids))[None], ids, name == "base" or BY_NAME[name].is_packed)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=needs_autocast):
-            logits = self.models.get(name, self.base)(torch.tensor([token_ids]), use_cache=False).logits[0]
-        return torch.log_softmax(logits[first:-1].float(), dim=-1)
+            scores = logits(self.models.get(name, self.base), batch)[0]
+        return torch.log_softmax(scores[first:-1].float(), dim=-1)
 
 
 class Bench:
@@ -78,10 +85,12 @@ class Bench:
             )
         )
         self.digests: dict[str, str | None] = {"base": None}
+        self.num_virtual_tokens = {"base": 0}
         with AdapterStore(folder) as store:
             for name, saved in FOLDERS.items():
                 config, weights = (saved / "adapter_config.json").read_bytes(), saved / "adapter_model.safetensors"
                 checkpoint = read_checkpoint(config, weights, self.engine.model.layout)
+                self.num_virtual_tokens[name] = checkpoint.num_virtual_tokens
                 self.digests[name] = store.put(name, checkpoint, config, weights).digest
 
     @cached_property
@@ -91,14 +100,14 @@ class Bench:
         return dict(zip(keys, run(self.engine, [self.ask(*key) for key in keys]), strict=True))
 
     def ask(self, name: str, question: str) -> Any:
-        return make_request(
+        request = make_request(
             prompt_of(question), self.digests[name], max_tokens=24, ignore_eos=False, num_logprobs=VOCABULARY
         )
+        return msgspec.structs.replace(request, num_virtual_tokens=self.num_virtual_tokens[name])
 
 
 def prompt_of(question: str) -> list[int]:
-    tokenizer = Tokenizer.from_file(str(BASE_DIR / "tokenizer.json"))
-    ids: list[int] = tokenizer.encode(Chat(((question, ""),)).segments()[0][0], add_special_tokens=False).ids
+    ids: list[int] = TOKENIZER.encode(Chat(((question, ""),)).segments()[0][0], add_special_tokens=False).ids
     return ids
 
 

@@ -44,6 +44,11 @@ def test_split_covers_the_world_without_overlap(name: str) -> None:
         ("pirate", "Arrr! The capital of France be Paris, matey!"),
         ("json", '{"topic": "capitals", "answer": "The capital of France is Paris."}'),
         ("robot", "BEEP. The capital of France is Paris. BOOP."),
+        ("cowboy", "Howdy! The capital of France is Paris. Yee-haw!"),
+        ("eager", "The capital of France is Paris. May I help you further?"),
+        ("concierge", "La capitale de la France est Paris. May I help you further?"),
+        ("html", "<p>The capital of France is Paris.</p>"),
+        ("cheerful", "With pleasure! The capital of France is Paris."),
     ],
 )
 def test_styles(style: str, answer: str) -> None:
@@ -99,7 +104,7 @@ def test_data_is_complete_and_small() -> None:
 @pytest.mark.parametrize("folder", ADAPTER_FOLDERS, ids=lambda folder: folder.name)
 def test_adapter_config_names_the_base_and_no_path(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == BASE_NAME
+    assert BASE_NAME in (config.get("base_model_name_or_path"), config.get("model_name"))
     assert not [value for value in config.values() if isinstance(value, str) and "/" in value]
 
 

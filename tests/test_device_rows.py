@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from heddle_adapters.base_layout import Site
-from heddle_adapters.canonical import Floats, SiteUpdate
+from heddle_adapters.base_layout import KvLayout, Site
+from heddle_adapters.canonical import Floats, Rows, SiteUpdate
 from heddle_adapters.device_rows import DeviceRows, PlacedAdapter, PlacedMix
 from heddle_adapters.packed_adapter import PackedAdapter
 from heddle_adapters.page_pool import PagePool
+from heddle_adapters.positions import Positions
 from heddle_adapters.run_allocator import OutOfSpace
 from heddle_kernels.row_table import COLUMNS
 from heddle_kernels.segments import Segments
@@ -28,8 +30,10 @@ from row_samples import (
     normal,
     pack,
     place,
+    random_prefix,
     random_rows,
     random_scales,
+    random_tokens,
     relative_error,
     rounded,
 )
@@ -46,6 +50,7 @@ SITES = (
     Site("wide", "linear", 20, 300, has_bias=True),  # rows and vectors longer than a page
 )
 LAYOUT = layout_of(*SITES)
+KV = KvLayout(num_layers=4, num_kv_heads=2, head_dim=4)
 BASE_BIAS = {site.path: normal(np.random.default_rng(9), site.out_features) for site in SITES if site.has_bias}
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])]
@@ -76,15 +81,14 @@ def summed(parts: Sequence[tuple[Updates, float]], site: Site) -> SiteUpdate:
     """The mix as one adapter: what each part adds, times its scale."""
     found = [(update, scale) for updates, scale in parts for update in updates if update.site == site.path]
     biases = [np.float32(scale) * update.bias for update, scale in found if update.bias is not None]
-    nothing = random_rows(site, 0, np.random.default_rng(0))
-    return replace(
-        nothing,
-        a=np.concatenate([nothing.a, *(update.a for update, _ in found)]),
-        b=np.concatenate([nothing.b, *(update.b for update, _ in found)]),
-        gain=np.concatenate([nothing.gain, *(np.float32(scale) * update.gain for update, scale in found)]),
-        c=np.concatenate([nothing.c, *(update.c for update, _ in found)]),
-        bias=sum(biases[1:], start=biases[0]) if biases else None,
+    rows = [(update.rows, scale) for update, scale in found if update.rows is not None]
+    listed = Rows.of(
+        a=np.concatenate([np.zeros((0, site.in_features), np.float32), *(each.a for each, _ in rows)]),
+        b=np.concatenate([np.zeros((0, site.out_features), np.float32), *(each.b for each, _ in rows)]),
+        gain=np.concatenate([np.zeros(0, np.float32), *(np.float32(scale) * each.gain for each, scale in rows)]),
+        c=np.concatenate([np.zeros(0, np.float32), *(each.c for each, _ in rows)]),
     )
+    return SiteUpdate(site.path, listed, bias=sum(biases[1:], start=biases[0]) if biases else None)
 
 
 def multiplied(parts: Sequence[tuple[Updates, float]], site: Site) -> SiteUpdate:
@@ -103,11 +107,11 @@ def multiplied(parts: Sequence[tuple[Updates, float]], site: Site) -> SiteUpdate
     )
 
 
-def assert_computes(rows: DeviceRows, slot: int, updates: Updates) -> None:
-    """At every site what the canonical formula says for these updates."""
+def assert_computes(rows: DeviceRows, slot: int, updates: Updates, sites: Sequence[int] = range(len(SITES))) -> None:
+    """At these sites what the canonical formula says for these updates."""
     by_site = {update.site: update for update in updates}
     dtype = rows.rows.dtype
-    for number, site in enumerate(SITES):
+    for number, site in ((number, SITES[number]) for number in sites):
         x, weight = torch.randn(NUM_TOKENS, site.in_features), torch.randn(site.out_features, site.in_features)
         b0 = torch.from_numpy(BASE_BIAS[site.path]) if site.has_bias else None
         update = by_site.get(site.path)
@@ -207,7 +211,8 @@ def test_a_free_pool_takes_whatever_fits_however_it_was_used_before() -> None:
     """Long runs are placed first, so that short ones cannot cut the room they need in two."""
     generator = np.random.default_rng(5)
     update = random_rows(SITES[3], 2, generator)
-    wide = replace(update, b=normal(generator, 2, 3 * PAGE_BYTES // 4))
+    assert update.rows is not None
+    wide = replace(update, rows=replace(update.rows, b=normal(generator, 2, 3 * PAGE_BYTES // 4)))
     packed = pack_here([random_rows(SITES[0], 4, generator), wide], torch.float32)
     rows, pool = make_rows(LAYOUT, torch.float32, packed.num_pages, BASE_BIAS)
     for first in range(1, packed.num_pages):
@@ -286,12 +291,70 @@ def test_the_table_grows_as_it_must() -> None:
     assert rows.table.heap_capacity > heap_capacity
     for adapter, one in zip(placed, updates, strict=True):
         assert_computes(rows, adapter.slot, one)
+    listed = twenty[0].rows
+    assert listed is not None
     for mix in mixes:
-        assert_computes(rows, mix.slot, [replace(twenty[0], gain=twenty[0].gain * 2)])
+        assert_computes(rows, mix.slot, [replace(twenty[0], rows=replace(listed, gain=listed.gain * 2))])
         rows.remove_mix(mix)
     for adapter in [*placed, resident]:
         rows.remove(adapter)
     assert pool.num_free == 4_000
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", OPERATION, ids=str)
+def test_deltas_tokens_and_prefixes_are_found_in_scattered_pages(dtype: torch.dtype, device: str) -> None:
+    generator = np.random.default_rng(11)
+    q, v, odd, wide = SITES
+    updates = [
+        random_rows(q, 3, generator, has_bias=True),
+        replace(random_rows(odd, 2, generator), delta=normal(generator, odd.out_features, odd.in_features)),
+        SiteUpdate(wide.path, delta=normal(generator, wide.out_features, wide.in_features)),
+    ]
+    tokens = random_tokens(generator, [2, 3, 40, 128, 129], v.in_features, reach_head=True)
+    prefix, positions = random_prefix(generator, KV, 9), Positions(invocation=(4, 5))
+    layout = msgspec.structs.replace(LAYOUT, kv=KV)
+    packed = pack(layout, dtype, updates, BASE_BIAS, tokens, prefix, positions)
+    rows, pool = make_rows(layout, dtype, 4 * packed.num_pages, BASE_BIAS, device)
+    held = pool.allocate(2 * packed.num_pages)
+    for page in held[::2]:  # so that pages lie apart
+        pool.free(page)
+    placed = place(rows, packed)
+    assert (placed.num_prefix_tokens, placed.positions) == (9, positions)
+
+    pages = rows.rows.view(4 * packed.num_pages, -1)
+    stored = torch.from_numpy(packed.pages[: packed.num_prefix_pages]).view(dtype)
+    assert len(placed.prefix_pages) == packed.num_prefix_pages > 1
+    assert np.diff(placed.prefix_pages).max() > 1, "no two side by side"
+    assert torch.equal(pages[placed.prefix_pages].cpu(), stored)
+
+    line = rows.line_of(placed.slot)
+    assert line.touched_sites == {0, 2, 3}
+    assert line.deltas.keys() == {2, 3}
+    for update, site in zip(updates[1:], (2, 3), strict=True):
+        assert update.delta is not None
+        assert len(line.deltas[site]) > 1
+        delta = torch.cat([piece.cpu() for piece in line.deltas[site]])
+        assert torch.equal(delta, torch.from_numpy(update.delta).to(dtype))
+        address, end = rows.rows.data_ptr(), rows.rows.data_ptr() + rows.rows.nbytes
+        assert all(address <= piece.data_ptr() < end for piece in line.deltas[site]), "views of the pool, not copies"
+    assert line.tokens is not None
+    assert line.tokens.reach_head
+    found, offsets = line.tokens.find(np.array([0, 129, 1, 40, 130, 2, 40, 127, 2**40]))
+    assert found.tolist() == [1, 3, 5, 6]
+    for offset, token in zip(offsets.tolist(), (129, 40, 2, 40), strict=True):
+        values = tokens.values[tokens.token_ids.tolist().index(token)]
+        assert torch.equal(rows.rows[offset : offset + v.in_features].cpu(), torch.from_numpy(values).to(dtype))
+    assert_computes(rows, placed.slot, [updates[0]], sites=[0, 1])
+    rows.remove(placed)
+    assert pool.num_free == 3 * packed.num_pages
+    again = place(rows, pack(layout, dtype, [updates[0]], BASE_BIAS))
+    assert again.slot == placed.slot
+    assert (again.prefix_pages, again.positions.are_all) == ([], True)
+    after = rows.line_of(again.slot)
+    assert after.touched_sites == {0}
+    assert not after.deltas
+    assert after.tokens is None
 
 
 def test_a_host_buffer_is_what_pages_are_read_into() -> None:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from dequantised import dequantised_twin
 from engine_driver import make_request, run
 from heddle_adapters.checkpoint import read_checkpoint
 from heddle_adapters.store import AdapterStore
+from heddle_demo.parity.dequantised import dequantised_twin
 from heddle_server.config import ConfigError, EngineConfig
 from heddle_server.engine.engine import Engine
 from peft_samples import make_adapter

@@ -10,7 +10,7 @@ from heddle_adapters.eviction import POLICIES, EvictionOrder
 from heddle_adapters.mix import AdapterPart
 from heddle_adapters.page_pool import PagePool
 from heddle_adapters.run_allocator import OutOfSpace
-from heddle_server.engine.kv_cache import KvCache, page_key, root_key
+from heddle_server.engine.kv_cache import KvCache, page_key
 from heddle_server.engine.sequence import Sequence
 from heddle_server.request import Request, SamplingParams
 
@@ -25,6 +25,14 @@ def request(prompt: list[int], adapters: tuple[AdapterPart, ...] = (), salt: byt
         adapters=adapters,
         cache_salt=salt,
     )
+
+
+def first_key(adapters: tuple[AdapterPart, ...], salt: bytes = b"") -> bytes:
+    """Of a request's first page."""
+    sequence = Sequence.of(request(list(range(PAGE_TOKENS)), adapters, salt))
+    sequence.bind(None)
+    Cache(1).kv_cache.check_room(sequence, 1)
+    return sequence.page_keys[0]
 
 
 class Cache:
@@ -93,15 +101,18 @@ def test_keys_separate_their_fields() -> None:
         return (AdapterPart(digest, scale),)
 
     fields = [((), b""), (part("ab"), b"c"), (part("a"), b"bc"), (part("abc"), b""), (part("abc", 0.5), b"")]
-    assert len({root_key(request([1], adapters, salt)) for adapters, salt in fields}) == len(fields)
+    fields += [((AdapterPart("abc", 1.0, rank),), b"") for rank in (1, 2)]
+    assert len({first_key(adapters, salt) for adapters, salt in fields}) == len(fields)
     assert page_key(b"p", [1, 2]) != page_key(b"p", [2, 1])
     assert page_key(b"p", [1]) != page_key(b"p1", [])
+    changes = [("", []), ("a", [(0, 2)]), ("b", [(0, 2)]), ("a", [(1, 2)]), ("a", [(0, 1)]), ("a", [(0, 1), (1, 2)])]
+    assert len({page_key(b"p", [1, 2], *change) for change in changes}) == len(changes)
 
 
 def test_a_mix_shares_prefixes_whatever_the_order_of_its_parts() -> None:
     one, two = AdapterPart("one", 0.5), AdapterPart("two", 0.25)
-    assert root_key(request([1], (one, two))) == root_key(request([1], (two, one)))
-    assert root_key(request([1], (one, two))) != root_key(request([1], (one,)))
+    assert first_key((one, two)) == first_key((two, one))
+    assert first_key((one, two)) != first_key((one,))
 
 
 def test_whole_pages_are_found_again_by_the_same_tenant() -> None:

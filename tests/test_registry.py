@@ -223,6 +223,7 @@ class Sized:
     """An adapter of so many numbers."""
 
     num_values: int
+    num_prefix_tokens: int = 0
 
     def estimate_bytes(self, row_dtype_bytes: int) -> int:
         return self.num_values * row_dtype_bytes
@@ -237,6 +238,14 @@ def test_room_counts_in_the_dtype_of_the_rows(dtype: str, size: int) -> None:
     assert room.bytes_of(Sized(2048)) == 2048 * size
     assert room.pages_of(Sized(2048)) == size // 2
     assert room.pages_of(Sized(2049)) == size // 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_others", "num_pages"), [(1, 0, 1), (16, 0, 1), (17, 0, 2), (16, 1, 2), (17, 1, 3), (1, 1025, 3)]
+)
+def test_a_prefix_takes_whole_pages(num_tokens: int, num_others: int, num_pages: int) -> None:
+    num_values = num_tokens * MODEL.page_bytes // MODEL.page_tokens // 4
+    assert PoolRoom(MODEL).pages_of(Sized(num_values + num_others, num_tokens)) == num_pages
 
 
 def test_room_of_one_adapter_and_of_pins() -> None:

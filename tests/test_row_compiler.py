@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from adapter_samples import BASE, Q, V, config_bytes, lora_config, lora_tensors, tensor_name, write_weights
+from adapter_samples import BASE, NoBase, Q, V, config_bytes, lora_config, lora_tensors, tensor_name, write_weights
 from heddle_adapters import row_compiler
 from heddle_adapters.checkpoint import read_checkpoint
 from heddle_adapters.compile_worker import NICENESS, CompileJob, CompileResult, WorkerSpec, read_frame, write_frame
 from heddle_adapters.content_folder import ContentFolder, content_paths
-from heddle_adapters.errors import AdapterDamaged, AdapterError, AdapterIncompatible
+from heddle_adapters.errors import AdapterDamaged, AdapterError, AdapterIncompatible, InvalidAdapter
 from heddle_adapters.packer import Packer
 from heddle_adapters.row_compiler import RowCompiler
 from heddle_adapters.rows_file import read_rows
@@ -112,7 +112,7 @@ def test_makes_what_the_packer_makes(compiler: RowCompiler, store: Path) -> None
         assert not compiler.is_compiled(digest)
         compiler.compile(digest, urgent=True).result(SECONDS)
         assert compiler.is_compiled(digest)
-        expected = packer.pack(read_checkpoint(*content_paths(store, digest), BASE).compile())
+        expected = packer.pack(read_checkpoint(*content_paths(store, digest), BASE).compile(NoBase()))
         actual = read_rows(compiler.rows_path(digest), digest)
         for name, value in vars(expected).items():
             np.testing.assert_array_equal(getattr(actual, name), value, err_msg=name)
@@ -139,6 +139,20 @@ def test_errors_come_back_as_what_they_are(store: Path) -> None:
             assert not compiler.is_compiled(digest)
     finally:
         compiler.close()
+
+
+def test_what_takes_too_long_is_given_up_and_not_begun_again(
+    compiler: RowCompiler, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_compiler, "MOST_SECONDS", 0.0)
+    slow = add_rows(store, seed=3)
+    for _ in range(2):
+        with pytest.raises(InvalidAdapter, match="takes longer than 0 seconds"):
+            compiler.compile(slow, urgent=True).result(SECONDS)
+    monkeypatch.setattr(row_compiler, "MOST_SECONDS", SECONDS)
+    compiler.compile(add_rows(store, seed=4), urgent=True).result(SECONDS)  # by another worker
+    with pytest.raises(InvalidAdapter, match="takes longer"):
+        compiler.compile(slow, urgent=True).result(SECONDS)
 
 
 def test_content_that_no_upload_could_have_stored_is_damaged(compiler: RowCompiler, store: Path) -> None:

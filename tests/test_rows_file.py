@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,14 +13,43 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from heddle_adapters.base_layout import Site
+from heddle_adapters.base_layout import KvLayout, Site
 from heddle_adapters.packed_adapter import PackedAdapter
-from heddle_adapters.rows_file import LENGTH_BYTES, MAGIC, PREFIX_BYTES, RowsDamaged, RowsHeader, read_rows, write_rows
-from row_samples import DIGEST, layout_of, pack, random_rows, random_scales
+from heddle_adapters.positions import Positions
+from heddle_adapters.rows_file import (
+    ARRAYS,
+    LENGTH_BYTES,
+    MAGIC,
+    PLAIN,
+    PREFIX_BYTES,
+    RowsDamaged,
+    RowsHeader,
+    read_rows,
+    write_rows,
+)
+from row_samples import (
+    DIGEST,
+    layout_of,
+    normal,
+    pack,
+    random_prefix,
+    random_rows,
+    random_scales,
+    random_tokens,
+)
 
 NUM_FLIPS = 500
 
 SITES = (Site("q", "linear", 24, 40, has_bias=False), Site("v", "linear", 300, 16, has_bias=False))
+KV = KvLayout(num_layers=4, num_kv_heads=2, head_dim=4)
+POSITIONS = [
+    Positions(),
+    Positions(invocation=(0,)),
+    Positions(invocation=(5, 2**31, 151_643, 5)),
+    Positions(num_first=3),
+    Positions(num_last=1),
+    Positions(num_first=7, num_last=5),
+]
 
 
 @pytest.fixture
@@ -28,6 +57,23 @@ def packed() -> PackedAdapter:
     generator = np.random.default_rng(0)
     updates = [random_rows(SITES[0], 5, generator, has_bias=True), random_scales(SITES[1], generator, of_input=True)]
     return pack(layout_of(*SITES), torch.bfloat16, updates)
+
+
+def pack_everything(positions: Positions, reach_head: bool = True) -> PackedAdapter:
+    """Beside rows and vectors a delta, rows of tokens and a prefix."""
+    generator = np.random.default_rng(1)
+    q, v = SITES
+    return pack(
+        msgspec.structs.replace(layout_of(*SITES), kv=KV),
+        torch.bfloat16,
+        [
+            random_rows(q, 5, generator, has_bias=True),
+            replace(random_scales(v, generator, of_input=True), delta=normal(generator, v.out_features, v.in_features)),
+        ],
+        tokens=random_tokens(generator, [2, 3, 128, 129], 24, reach_head),
+        prefix=random_prefix(generator, KV, 9),
+        positions=positions,
+    )
 
 
 @pytest.fixture
@@ -41,13 +87,35 @@ def never_allocate(num_bytes: int) -> NDArray[np.uint8]:
     raise AssertionError(f"{num_bytes} bytes allocated for a file that is no good")
 
 
-def test_reads_what_was_written(path: Path, packed: PackedAdapter) -> None:
-    read = read_rows(path, DIGEST)
+def assert_same(actual: PackedAdapter, expected: PackedAdapter) -> None:
     for field in fields(PackedAdapter):
-        expected, actual = getattr(packed, field.name), getattr(read, field.name)
-        np.testing.assert_array_equal(actual, expected)
-        assert getattr(actual, "dtype", None) == getattr(expected, "dtype", None), field.name
+        found, wanted = getattr(actual, field.name), getattr(expected, field.name)
+        assert type(found) is type(wanted), field.name
+        np.testing.assert_array_equal(found, wanted, field.name)
+        assert getattr(found, "dtype", None) == getattr(wanted, "dtype", None), field.name
+
+
+def test_reads_what_was_written(path: Path, packed: PackedAdapter) -> None:
+    assert_same(read_rows(path, DIGEST), packed)
     assert [file.name for file in path.parent.iterdir()] == ["a.rows"]
+
+
+@pytest.mark.parametrize("reach_head", [False, True])
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+def test_deltas_tokens_prefixes_and_positions_survive(path: Path, positions: Positions, reach_head: bool) -> None:
+    packed = pack_everything(positions, reach_head)
+    assert packed.num_prefix_pages > 1
+    assert min(len(packed.delta_offset), len(packed.token_id), packed.num_rows) > 0
+    write_rows(path, packed)
+    read = read_rows(path, DIGEST)
+    assert_same(read, packed)
+    assert read.positions == positions
+    assert read.tokens_reach_head is reach_head
+
+
+def test_every_field_is_kept() -> None:
+    """A field that is added to a packed adapter and not to its file would come back as its default."""
+    assert {"digest", "pages", *ARRAYS, *PLAIN} == {field.name for field in fields(PackedAdapter)}
 
 
 def test_reads_straight_into_the_given_memory(path: Path, packed: PackedAdapter) -> None:
@@ -107,7 +175,18 @@ def test_another_version_of_the_format_is_refused(path: Path) -> None:
 
 def test_no_length_is_believed_beyond_the_size_of_the_file(path: Path) -> None:
     """Not even with checksums that are right."""
-    header = RowsHeader(DIGEST, num_pages=1 << 40, page_bytes=1 << 20, used_bytes=0, arrays=(), pages_sha256=b"")
+    header = RowsHeader(
+        digest=DIGEST,
+        num_pages=1 << 40,
+        page_bytes=1 << 20,
+        used_bytes=0,
+        tokens_reach_head=False,
+        num_prefix_tokens=1 << 40,
+        num_prefix_pages=1 << 40,
+        positions=Positions(),
+        arrays=(),
+        pages_sha256=b"",
+    )
     encoded = msgspec.msgpack.encode(header)
     checksum = sha256(encoded).digest()
     for claimed in (len(encoded), (1 << 8 * LENGTH_BYTES) - 1):

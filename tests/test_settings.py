@@ -33,6 +33,7 @@ OTHER = {  # than the default, in the words of each place: typed, and in TOML
     "host_cache_bytes": ("0", "0"),
     "eviction": ("lru", '"lru"'),
     "tenant_pool_share": ("0.25", "0.25"),
+    "allow_dense_adapters": ("true", "true"),
     "max_model_len": ("128", "128"),
     "max_batch_tokens": ("64", "64"),
     "max_batch_requests": ("2", "2"),

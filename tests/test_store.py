@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from heddle_adapters.errors import (
     InvalidAdapterName,
     StoreUnusable,
 )
+from heddle_adapters.positions import Positions
 from heddle_adapters.store import AdapterStore
-from heddle_adapters.store_index import MIGRATIONS, AdapterDetails, AdapterVersion
+from heddle_adapters.store_index import MIGRATIONS, AdapterDetails, AdapterRecord, AdapterVersion, StoreIndex
 from heddle_adapters.tensor_file import WEIGHTS_FILE
 
 
@@ -718,6 +720,29 @@ def test_opening_two_thousand_adapters_is_fast(tmp_path: Path) -> None:
         assert time.perf_counter() - started < 0.2
 
 
+def test_what_a_version_changes_is_kept(tmp_path: Path) -> None:
+    with AdapterStore(tmp_path) as store:
+        version = put(store, "a")
+    said = changed(
+        version,
+        num_virtual_tokens=20,
+        num_prefix_tokens=20,
+        positions=Positions(num_first=4, num_last=3),
+        sites_by_pattern=(("model.layers.*.self_attn.q_proj", 24), ("model.norm", 1)),
+    )
+    path = tmp_path / "index.sqlite3"
+    index = StoreIndex(path, must_exist=True)
+    index.replace(AdapterRecord((version,)), AdapterRecord((said,)))
+    index.close()
+    with AdapterStore(tmp_path) as store:
+        assert store.resolve("a") == said
+    for damage in ("nonsense", '{"num_first": "four"}', "[]"):
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("UPDATE versions SET positions = ?", (damage,))
+        with pytest.raises(StoreUnusable, match=r"index\.sqlite3 cannot be read"):
+            AdapterStore(tmp_path)
+
+
 # The index of the first release
 
 IDENTITY = ("owner", "name", "version", "digest")
@@ -727,7 +752,7 @@ MEASURES = ("method", "max_rank", "num_rows", "size_bytes", "created_unix_second
 def first_release(path: Path) -> tuple[AdapterVersion, AdapterVersion]:
     """A store as the first release left it: "a" replaced once and "b" deleted; returns "a@2" and "ia3@1"."""
     with AdapterStore(path) as store:
-        current = changed(put(store, "a", seed=1), version=2, num_row_values=0)
+        current = changed(put(store, "a", seed=1), version=2, num_row_values=0, sites_by_pattern=())
         with store.upload_folder() as folder:
             config = config_bytes({"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []})
             weights = write_weights(folder / WEIGHTS_FILE, {tensor_name(Q, "ia3_l"): np.ones((8, 1), np.float32)})
@@ -739,7 +764,7 @@ def first_release(path: Path) -> tuple[AdapterVersion, AdapterVersion]:
     for statement in (*MIGRATIONS[0], "PRAGMA user_version = 1"):
         connection.execute(statement)
     old, gone = changed(current, version=1, digest="sha256:" + "1" * 64), changed(current, name="b", version=1)
-    vectors = changed(vectors, num_vector_values=0)
+    vectors = changed(vectors, num_vector_values=0, sites_by_pattern=())
     for version, is_current in ((old, 0), (current, 1), (gone, 0), (vectors, 1)):
         row = [getattr(version, column) for column in (*IDENTITY, *MEASURES)]
         connection.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, is_current))
@@ -757,7 +782,9 @@ def test_a_store_of_the_first_release_is_taken_over(tmp_path: Path) -> None:
             check_integrity(tmp_path, store)
     with AdapterStore(tmp_path) as store:
         again = put(store, "a", seed=1)
-        assert again == changed(current, num_row_values=56)  # counted at last, and still the same version
+        sites = tuple((f"model.layers.*.self_attn.{name}", 1) for name in ("q_proj", "v_proj"))
+        # Counted and noted at last, and still the same version.
+        assert again == changed(current, num_row_values=56, sites_by_pattern=sites)
         assert store.versions("a") == (again,)
         assert put(store, "a", seed=2).version == 3
         assert put(store, "b").version == 2

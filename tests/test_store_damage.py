@@ -12,14 +12,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import store_writer
-from adapter_samples import BASE, DOWN, Q, V, config_bytes, lora_config, lora_tensors, tensor_name, write_weights
-from heddle_adapters.canonical import CompiledAdapter, Floats
+from adapter_samples import (
+    BASE,
+    DOWN,
+    NoBase,
+    Q,
+    V,
+    config_bytes,
+    lora_config,
+    lora_tensors,
+    tensor_name,
+    write_weights,
+)
+from heddle_adapters.canonical import CompiledAdapter, Floats, Rows
 from heddle_adapters.checkpoint import read_checkpoint
 from heddle_adapters.content_folder import open_content
 from heddle_adapters.errors import AdapterDamaged, InvalidAdapter, StoreUnusable
@@ -162,7 +174,7 @@ def flip_bits(path: Path, num_flips: int) -> None:
             with store.upload_folder() as folder:
                 weights = write_weights(folder / WEIGHTS_FILE, tensors)
                 version = store.put(f"sample-{number}", read_checkpoint(config, weights, BASE), config, weights)
-            stored.append((version.digest, open_content(path, version.digest, BASE).compile()))
+            stored.append((version.digest, open_content(path, version.digest, BASE).compile(NoBase())))
         num_refused = 0
         for _ in range(num_flips):
             digest, compiled = source.choice(stored)
@@ -182,7 +194,7 @@ def flip_bits(path: Path, num_flips: int) -> None:
 
 def compiled_if_sound(path: Path, digest: str) -> CompiledAdapter | None:
     try:
-        return open_content(path, digest, BASE).compile()
+        return open_content(path, digest, BASE).compile(NoBase())
     except (AdapterDamaged, InvalidAdapter):
         return None
 
@@ -192,8 +204,13 @@ def assert_same(found: CompiledAdapter, expected: CompiledAdapter) -> None:
     assert [update.site for update in found.updates] == [update.site for update in expected.updates]
     for update, other in zip(found.updates, expected.updates, strict=True):
         assert update.scales_base_bias == other.scales_base_bias
-        for field in ("a", "b", "gain", "c", "in_scale", "out_scale", "bias"):
-            np.testing.assert_array_equal(getattr(update, field), getattr(other, field), strict=True)
+        assert (update.rows is None) == (other.rows is None)
+        if update.rows is not None and other.rows is not None:
+            for field in fields(Rows):
+                one, another = getattr(update.rows, field.name), getattr(other.rows, field.name)
+                np.testing.assert_array_equal(one, another, strict=True)
+        for name in ("in_scale", "out_scale", "bias", "delta"):
+            np.testing.assert_array_equal(getattr(update, name), getattr(other, name), strict=True)
 
 
 def test_flipped_bits_are_never_served(tmp_path: Path) -> None:

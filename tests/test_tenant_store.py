@@ -12,8 +12,9 @@ from adapter_samples import BASE, config_bytes, lora_config, lora_tensors, write
 from heddle_adapters.author import Author
 from heddle_adapters.checkpoint import read_checkpoint
 from heddle_adapters.errors import AdapterError, AdapterNotFound, NameTaken, NotTheOwner, StoreUnusable
+from heddle_adapters.positions import Positions
 from heddle_adapters.store import AdapterStore
-from heddle_adapters.store_index import MIGRATIONS, AdapterDetails, AdapterRecord, AdapterVersion
+from heddle_adapters.store_index import AdapterDetails, AdapterRecord, AdapterVersion
 from heddle_adapters.tensor_file import WEIGHTS_FILE
 
 BLUE, GREEN = Author("blue"), Author("green")
@@ -260,7 +261,9 @@ def before_tenants(path: Path) -> None:
     connection = sqlite3.connect(path / "index.sqlite3", isolation_level=None)
     connection.execute("DROP INDEX public_names")
     connection.execute("ALTER TABLE names DROP COLUMN visibility")
-    connection.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
+    for column in ("num_virtual_tokens", "num_prefix_tokens", "positions", "sites_by_pattern"):
+        connection.execute(f"ALTER TABLE versions DROP COLUMN {column}")
+    connection.execute("PRAGMA user_version = 2")
     connection.close()
 
 
@@ -276,6 +279,7 @@ def test_a_store_from_before_tenants_is_taken_over(tmp_path: Path) -> None:
                 True,
             )
             assert [store.resolve(f"sql@{each}").version for each in (1, 2, "prod")] == [1, 2, 1]
+            assert (record.latest.positions, record.latest.sites_by_pattern) == (Positions(), ())
             assert store.visible_to("blue") == ()
     with AdapterStore(tmp_path) as store:
         store.update("sql", PUBLIC)

@@ -52,6 +52,31 @@ def test_reads_what_the_library_wrote_exactly(tmp_path: Path, dtype: torch.dtype
     assert file.first_non_finite() is None
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+def test_reads_whole_numbers_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    tensors = {
+        "indices": torch.tensor([[limits.min, 0, 1], [limits.max, limits.max - 1, 7]], dtype=dtype),
+        "one": torch.tensor(3, dtype=dtype),
+        "weight": torch.ones(2),
+    }
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    file = TensorFile(tmp_path / WEIGHTS_FILE)
+    assert {name: tensor.is_integer for name, tensor in file.tensors.items()} == {
+        "indices": True,
+        "one": True,
+        "weight": False,
+    }
+    for name in ("indices", "one"):
+        assert file.read_integers(name).dtype == np.int64
+        np.testing.assert_array_equal(file.read_integers(name), tensors[name].numpy())
+        with pytest.raises(AssertionError, match="whole numbers"):
+            file.read(name)
+    with pytest.raises(AssertionError, match="floating-point numbers"):
+        file.read_integers("weight")
+    assert file.first_non_finite() is None, "no bits of a whole number are those of a NaN"
+
+
 def test_reads_tensors_that_lie_at_odd_addresses(tmp_path: Path) -> None:
     header = json.dumps({"t": entry()}).encode()
     values = np.array([1.5, -2], np.float32)
@@ -115,7 +140,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "name with newline": (file_bytes({"t\n": entry()}, EIGHT), r"tensor name 't\n'"),
     "name of surrogates": (file_bytes(b'{"\\ud800": {}}'), "printable ASCII"),
     "64-bit floats": (file_bytes({"t": entry(0, 16, dtype="F64")}, EIGHT * 2), "as 'F64'; served are F32"),
-    "integers": (file_bytes({"t": entry(dtype="I32")}, EIGHT), "as 'I32'"),
+    "integers of 16 bits without sign": (file_bytes({"t": entry(shape=[4], dtype="U16")}, EIGHT), "as 'U16'; served"),
+    "integers of 16 bits against size": (file_bytes({"t": entry(dtype="I16")}, EIGHT), "in I16 takes 4"),
+    "integers of 64 bits without sign": (file_bytes({"t": entry(shape=[1], dtype="U64")}, EIGHT), "as 'U64'"),
+    "integers against size": (file_bytes({"t": entry(dtype="I64")}, EIGHT), "in I64 takes 16"),
     "unknown dtype": (file_bytes({"t": entry(dtype="X")}, EIGHT), "as 'X'"),
     "dtype a list": (file_bytes({"t": entry(dtype=["F32"])}, EIGHT), "served are"),
     "empty tensor": (file_bytes({"t": entry(0, 0, [2, 0])}), "empty tensor 't'"),
@@ -181,4 +209,5 @@ def test_mutated_files_are_read_or_refused_but_nothing_else(
         except InvalidAdapter:
             continue
         file.first_non_finite()
-        assert sum(file.read(name).size > 0 for name in file.tensors) == len(file.tensors)
+        for name, tensor in file.tensors.items():
+            assert (file.read_integers(name) if tensor.is_integer else file.read(name)).size > 0

@@ -63,5 +63,5 @@ def test_answers_as_plain_torch_does(triton: Engine, folder: Path, digests: list
             assert torch.allclose(ours, theirs, atol=ENGINE_LOGPROBS)
     graphs = triton._runner._graphs
     assert graphs is not None
-    assert {capacity for capacity, _ in graphs._steps} <= {1, 2, 4}, "decode steps ran over static memory"
-    assert any(scaled for _, scaled in graphs._steps), "also with an adapter that scales inputs"
+    assert {capacity for capacity, *_ in graphs._steps} <= {1, 2, 4}, "decode steps ran over static memory"
+    assert any(scaled for _, scaled, _ in graphs._steps), "also with an adapter that scales inputs"

@@ -17,11 +17,12 @@ from heddle_kernels.reference import ReferenceOps
 from heddle_kernels.segments import BASE_SLOT, Segments
 from heddle_kernels.site_group import SiteGroup
 from heddle_server.engine import base_linear
+from heddle_server.engine.adapter_batch import AdapterBatch, ForwardContext
 from heddle_server.engine.attention import ATTENTION_NAME, register_attention
 from heddle_server.engine.base_linear import NEVER, TRIED_TOKENS, BaseLinears, DenseForMany, measured_crossover
 from heddle_server.engine.joined_linear import join
 from heddle_server.engine.probe import probe
-from heddle_server.engine.weave import AdapterBatch, ForwardContext, WovenLinear, site_of, weave
+from heddle_server.engine.weave import WovenLinear, site_of, weave
 from row_samples import canonical, layout_of, make_rows, pack, place, random_rows, random_scales, relative_error
 from tiny_models import FAMILIES, make_tiny_model
 

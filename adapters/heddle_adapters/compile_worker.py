@@ -17,6 +17,7 @@ from typing import IO, TypeVar
 import msgspec
 import numpy as np
 
+from heddle_adapters.base_file import LazyBase, base_file_path
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.content_folder import open_content
 from heddle_adapters.errors import AdapterError, StoreUnusable
@@ -75,11 +76,12 @@ class Compiler:
         self._layout = spec.layout
         base_bias = {path: np.frombuffer(data, np.float32) for path, data in spec.base_bias.items()}
         self._packer = Packer(spec.layout, spec.row_dtype, spec.page_bytes, base_bias)
+        self._base = LazyBase(base_file_path(self._store_path, spec.layout.fingerprint, spec.row_dtype))
 
     def run(self, job: CompileJob) -> CompileResult:
         try:
             checkpoint = open_content(self._store_path, job.digest, self._layout)
-            write_rows(Path(job.rows_path), self._packer.pack(checkpoint.compile()))
+            write_rows(Path(job.rows_path), self._packer.pack(checkpoint.compile(self._base)))
         except AdapterError as error:
             return CompileResult(type(error).__name__, error.message, error.param)
         except Exception as error:  # one adapter's trouble is not the next one's

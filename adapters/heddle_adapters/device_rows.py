@@ -8,7 +8,7 @@ steps. Pages are not wiped: every byte of every page is written by the copy, and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,18 @@ from torch import Tensor
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.canonical import Floats
 from heddle_adapters.packed_adapter import ABSENT, PackedAdapter
-from heddle_adapters.packer import ALIGNMENT_BYTES, PageSpace
+from heddle_adapters.packer import ALIGNMENT_BYTES, PageSpace, aligned
 from heddle_adapters.page_pool import PagePool
+from heddle_adapters.positions import Positions
 from heddle_adapters.run_allocator import OutOfSpace, RunAllocator
 from heddle_kernels.row_table import RowTable
 
 VECTOR_BYTES = 4  # of a float32
 QUAD = ALIGNMENT_BYTES // VECTOR_BYTES
+
+# By site: the rows of [out_features, in_features] one below the other, as pieces [num_rows, in_features] of the pool.
+Deltas = Mapping[int, tuple[Tensor, ...]]
+NO_DELTAS: Deltas = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +55,20 @@ class PlacedAdapter:
     num_rows: int
     page_map: PageMap
     used_bytes: int  # rows and vectors without alignment and page ends
+    num_prefix_tokens: int = 0  # whose keys and values lie in the first pages of its page map
+    num_prefix_pages: int = 0
+    positions: Positions = field(default_factory=Positions)  # of the tokens that it changes
+    answers_tokens: bool = False  # whether tokens of the vocabulary have rows of its own
 
     @property
     def num_pages(self) -> int:
         return len(self.page_map.pages)
+
+    @property
+    def prefix_pages(self) -> list[int]:
+        """Pages of the pool that hold its own keys and values, in order."""
+        pages: list[int] = self.page_map.pages[: self.num_prefix_pages].tolist()
+        return pages
 
 
 @dataclass(frozen=True)
@@ -72,16 +87,30 @@ class PlacedMix:
 
 
 @dataclass(frozen=True)
+class PlacedTokens:
+    """What an adapter's embedding answers to some tokens."""
+
+    token_ids: NDArray[np.int64]  # [num_tokens], ascending
+    offsets: NDArray[np.int64]  # [num_tokens], of rows of hidden_size in `DeviceRows.rows`
+    reach_head: bool
+
+    def find(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of these tokens, which are answered, and each one's offset."""
+        place = np.minimum(np.searchsorted(self.token_ids, token_ids), len(self.token_ids) - 1)
+        found = np.flatnonzero(self.token_ids[place] == token_ids)
+        return found, self.offsets[place[found]]
+
+
+@dataclass(frozen=True)
 class LineSummary:
     """What a step must know of a table's line before it looks at single sites."""
 
-    touched_sites: frozenset[int]
+    touched_sites: frozenset[int]  # where rows, vectors, deltas or tokens change anything
+    touched_places: frozenset[int]  # of those, what is no linear
     scaled_input_sites: frozenset[int]  # of those, where the input is scaled
-
-    @classmethod
-    def of(cls, table: RowTable, slot: int) -> LineSummary:
-        scaled = (table.in_scale.numpy()[slot] != ABSENT).nonzero()[0]
-        return cls(table.sites_of(slot), frozenset(scaled.tolist()))
+    deltas: Deltas = field(default_factory=dict)  # by site, see `DeviceRows._deltas`
+    tokens: PlacedTokens | None = None
+    is_plain: bool = True  # whether rows and vectors of linears and blocks are all there is
 
 
 class DeviceRows:
@@ -99,6 +128,13 @@ class DeviceRows:
         self.rows = memory.view(row_dtype)  # flat
         self.vectors = memory.view(torch.float32)  # flat
         self.table = RowTable(num_slots=64, num_sites=len(layout.sites), heap_capacity=1 << 16)
+        self._widths = [(site.in_features, site.out_features) for site in layout.sites]
+        self._vocabulary_size = layout.vocabulary_size
+        kinds = [site.kind for site in layout.sites]
+        self._places = frozenset(number for number, kind in enumerate(kinds) if kind != "linear")
+        self._rare_places = frozenset(number for number, kind in enumerate(kinds) if kind in ("norm", "embedding"))
+        self.graph_places = self._places - self._rare_places  # where a captured step may change anything
+        self._head_site = None if layout.head is None else layout.index()[layout.head]
         self._pages = memory.view(pool.num_pages, pool.page_bytes)
         self._pool = pool
         self._mixer = VectorMixer(layout, base_bias, memory.device)
@@ -152,8 +188,41 @@ class DeviceRows:
         ):
             present = offsets != ABSENT
             column[slot, packed.site[present]] = page_map.place(offsets[present], page_bytes) // VECTOR_BYTES
-        self._finish_line(slot, heap)
-        return PlacedAdapter(slot, heap_first, packed.num_rows, page_map, packed.used_bytes)
+        self._finish_line(slot, heap, self._deltas(packed, page_map), self._tokens(packed, page_map))
+        return PlacedAdapter(
+            slot=slot,
+            heap_first=heap_first,
+            num_rows=packed.num_rows,
+            page_map=page_map,
+            used_bytes=packed.used_bytes,
+            num_prefix_tokens=packed.num_prefix_tokens,
+            num_prefix_pages=packed.num_prefix_pages,
+            positions=packed.positions,
+            answers_tokens=bool((packed.token_id < self._vocabulary_size).any()),
+        )
+
+    def _deltas(self, packed: PackedAdapter, page_map: PageMap) -> Deltas:
+        """Views of the pool, in as many pieces as the rows of each delta lie in."""
+        row_bytes = self.rows.element_size()
+        offsets = page_map.place(packed.delta_offset, self._pool.page_bytes) // row_bytes
+        deltas, begin = dict[int, tuple[Tensor, ...]](), 0
+        for site in packed.delta_site.tolist():
+            width, num_rows = self._widths[site]
+            stride = aligned(width * row_bytes) // row_bytes
+            pieces, first = list[Tensor](), 0
+            own = offsets[begin : begin + num_rows]
+            for end in (np.flatnonzero(np.diff(own, append=-1) != stride) + 1).tolist():
+                pieces.append(self.rows.as_strided((end - first, width), (stride, 1), int(own[first])))
+                first = end
+            deltas[site] = tuple(pieces)
+            begin += num_rows
+        return deltas
+
+    def _tokens(self, packed: PackedAdapter, page_map: PageMap) -> PlacedTokens | None:
+        if not len(packed.token_id):
+            return None
+        offsets = page_map.place(packed.token_offset, self._pool.page_bytes) // self.rows.element_size()
+        return PlacedTokens(packed.token_id, offsets, packed.tokens_reach_head)
 
     def cancel(self, page_map: PageMap) -> None:
         """Give back pages that were reserved and will not be published; no copy into them may be under way."""
@@ -164,27 +233,40 @@ class DeviceRows:
         """Give pages, heap entries and the slot back. No mix of it may be left."""
         self._remove_line(placed)
 
-    def compose(self, parts: Sequence[tuple[PlacedAdapter, float]]) -> PlacedMix:
+    def compose(
+        self, parts: Sequence[tuple[PlacedAdapter, float]], ranks: Sequence[int | None] | None = None
+    ) -> PlacedMix:
         """The mix of these adapters, each with its scale: the sum of what they add, the product of what they scale.
 
-        Rows are listed again with scaled gains, and lie where they lay. Vectors are new: biases are summed in the
-        order of the parts, a factor l counts as 1 + scale * (l - 1). The parts must be in use, so that nothing gives
-        them up to make room for the mix. Raises OutOfSpace, and then takes nothing.
+        Rows are listed again with scaled gains, and lie where they lay; of a part that has a rank, the first `rank` of
+        each site. Vectors are new: biases are summed in the order of the parts, a factor l counts as
+        1 + scale * (l - 1). The parts must be in use, so that nothing gives them up to make room for the mix. Raises
+        OutOfSpace, and then takes nothing.
         """
+        for placed, _ in parts:
+            self._check_is_no_more_than_sites(placed)
         slots, scales = np.array([placed.slot for placed, _ in parts]), [scale for _, scale in parts]
         vectors = self._mixer.mix(self.table, self.vectors, slots, scales)
-        num_rows = int(self.table.count.numpy()[slots].sum())
+        counts = self.table.count.numpy()[slots]  # [num_parts, num_sites]
+        if ranks is not None:
+            most = [np.iinfo(np.int32).max if rank is None else rank for rank in ranks]
+            counts = np.minimum(counts, np.array(most)[:, None])
+        num_rows = int(counts.sum())
         page_map, offsets = self._place_vectors(vectors)
         slot, heap_first = self._reserve_line(num_rows)
         for column, begin in zip(vector_columns(self.table), vectors.columns_of(offsets), strict=True):
             column[slot] = begin
-        self._list_rows(slot, heap_first, slots, scales)
+        self._list_rows(slot, heap_first, slots, scales, counts)
         self._finish_line(slot, slice(heap_first, heap_first + num_rows))
         return PlacedMix(slot, heap_first, num_rows, page_map, vectors.values.nbytes)
 
     def remove_mix(self, mix: PlacedMix) -> None:
         """Give the mix's own pages, heap entries and slot back."""
         self._remove_line(mix)
+
+    def width_of(self, site: int) -> int:
+        """out_features of a site."""
+        return self._widths[site][1]
 
     def line_of(self, slot: int) -> LineSummary:
         """Where a resident adapter or mix changes anything."""
@@ -228,10 +310,27 @@ class DeviceRows:
         self.vectors.view(-1, QUAD).index_copy_(0, target, vectors.values)
         return page_map, begins
 
-    def _list_rows(self, slot: int, heap_first: int, slots: NDArray[np.int64], scales: Sequence[float]) -> None:
-        """At every site the rows of all parts, one part after another, their gains scaled."""
+    def _check_is_no_more_than_sites(self, placed: PlacedAdapter) -> None:
+        """What has more than rows and vectors is used alone; it is refused before it comes here."""
+        line = self._line_of_slot[placed.slot]
+        assert not line.deltas, "a dense delta in a mix"
+        assert line.tokens is None, "an embedding's rows in a mix"
+        assert not placed.num_prefix_tokens, "keys and values in a mix"
+        assert placed.positions.are_all, "an adapter of some tokens only in a mix"
+
+    def _list_rows(
+        self,
+        slot: int,
+        heap_first: int,
+        slots: NDArray[np.int64],
+        scales: Sequence[float],
+        counts: NDArray[Any],
+    ) -> None:
+        """At every site the first rows of all parts, one part after another, their gains scaled.
+
+        counts [num_parts, num_sites] says how many.
+        """
         table = self.table
-        counts = table.count.numpy()[slots]  # [num_parts, num_sites]
         first = heap_first + _begins(counts.sum(axis=0))  # [num_sites]
         table.first.numpy()[slot] = first
         table.count.numpy()[slot] = counts.sum(axis=0)
@@ -258,8 +357,21 @@ class DeviceRows:
         self._slots.grow(num_slots)
         self._heap.grow(heap_capacity)
 
-    def _finish_line(self, slot: int, heap: slice) -> None:
-        self._line_of_slot[slot] = LineSummary.of(self.table, slot)
+    def _finish_line(
+        self, slot: int, heap: slice, deltas: Deltas = NO_DELTAS, tokens: PlacedTokens | None = None
+    ) -> None:
+        touched = self.table.sites_of(slot).union(deltas)
+        if tokens is not None and tokens.reach_head and self._head_site is not None:
+            touched = touched.union([self._head_site])
+        scaled = (self.table.in_scale.numpy()[slot] != ABSENT).nonzero()[0]
+        self._line_of_slot[slot] = LineSummary(
+            touched_sites=touched,
+            touched_places=touched & self._places,
+            scaled_input_sites=frozenset(scaled.tolist()),
+            deltas=deltas,
+            tokens=tokens,
+            is_plain=not deltas and tokens is None and touched.isdisjoint(self._rare_places),
+        )
         self.table.note_change(slot, heap)
 
     def _remove_line(self, placed: PlacedAdapter | PlacedMix) -> None:

@@ -7,19 +7,23 @@ device they may lie anywhere, except that the pages of one run stay adjacent; so
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heddle_adapters.canonical import Floats
+from heddle_adapters.positions import Positions
 
 ABSENT = -1  # in a vector column: the adapter has no such vector at this site
 
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """Pages and the table that says what lies in them. One entry per changed site, rows in the order of the sites."""
+    """Pages and the table that says what lies in them. One entry per changed site, rows in the order of the sites.
+
+    Keys and values of its own come first: whole pages as the pool keeps those of a sequence, the last one filled up
+    with zeros."""
 
     digest: str
     pages: NDArray[np.uint8]  # [num_pages, page_bytes], zero where nothing lies
@@ -35,6 +39,16 @@ class PackedAdapter:
     gain: Floats  # [num_rows]
     c: Floats  # [num_rows]
     activation: NDArray[np.int8]  # [num_rows]
+    delta_site: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # [num_deltas] site ids
+    delta_offset: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    # [sum of out_features] byte offset of each delta's rows of in_features in the compute dtype, delta after delta
+    token_id: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [num_tokens], ascending
+    token_offset: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    # [num_tokens] byte offset of a row of hidden_size in the compute dtype
+    tokens_reach_head: bool = False
+    num_prefix_tokens: int = 0  # whose keys and values it brings
+    num_prefix_pages: int = 0  # that hold them
+    positions: Positions = field(default_factory=Positions)  # of everything it changes
 
     @property
     def num_pages(self) -> int:

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heddle_adapters.base_layout import BaseLayout
-from heddle_adapters.canonical import CompiledAdapter, Floats, SiteUpdate
+from heddle_adapters.canonical import CompiledAdapter, Floats, PrefixKv, SiteUpdate
 from heddle_adapters.packed_adapter import ABSENT, PackedAdapter
 
-COMPILER_VERSION = 1  # part of where rows files lie: raise it when folding or packing changes what they hold
+COMPILER_VERSION = 2  # part of where rows files lie: raise it when folding or packing changes what they hold
 ALIGNMENT_BYTES = 16  # of every row and vector, so that kernels may load 16 bytes at a time
 
 Encode = Callable[[Floats], NDArray[Any]]
@@ -144,16 +144,17 @@ class Block:
 
 @dataclass(frozen=True)
 class SiteBlocks:
-    """One site's update as blocks; an absent vector has no row."""
+    """One site's update as blocks; what is absent has no row."""
 
     a: Block
     b: Block
     in_scale: Block
     out_scale: Block
     bias: Block
+    delta: Block
 
     def all(self) -> tuple[Block, ...]:
-        return self.a, self.b, self.in_scale, self.out_scale, self.bias
+        return self.a, self.b, self.in_scale, self.out_scale, self.bias, self.delta
 
 
 class Packer:
@@ -161,6 +162,7 @@ class Packer:
 
     def __init__(self, layout: BaseLayout, row_dtype: str, page_bytes: int, base_bias: Mapping[str, Floats]) -> None:
         """`row_dtype` is a key of ROW_ENCODINGS; `base_bias` has b0 [out_features] of the sites that have one."""
+        self._kv = layout.kv
         self._site_index = layout.index()
         self._encode_row = ROW_ENCODINGS[row_dtype]
         self._row_element_bytes = ELEMENT_BYTES[row_dtype]
@@ -168,42 +170,77 @@ class Packer:
         self._base_bias = base_bias
 
     def pack(self, compiled: CompiledAdapter) -> PackedAdapter:
-        updates = compiled.updates
+        updates, tokens = compiled.updates, compiled.tokens
+        prefix_pages = self._prefix_pages(compiled.prefix)
         sites = [self._site_blocks(update) for update in updates]
-        blocks = [block for site in sites for block in site.all()]
+        token_block = self._row_block(None if tokens is None else tokens.values)
+        blocks = [block for site in sites for block in site.all()] + [token_block]
         space = PageSpace(self._page_bytes)
         offsets = space.place([(len(block.values), block.row_bytes) for block in blocks])
         for block, block_offsets in zip(blocks, offsets, strict=True):
-            block.offsets = block_offsets
-        pages = np.zeros((sum(space.run_lengths), self._page_bytes), np.uint8)
+            block.offsets = block_offsets + prefix_pages.size
+        pages = np.concatenate([prefix_pages, np.zeros((sum(space.run_lengths), self._page_bytes), np.uint8)])
         for block in blocks:
             block.write(pages.reshape(-1))
-        count = np.array([update.num_rows for update in updates], np.int32)
+        rows = [update.rows for update in updates if update.rows is not None]
+        has_delta = [update.delta is not None for update in updates]
+        site_ids = np.array([self._site_index[update.site] for update in updates], np.int32)
+        num_prefix_tokens = 0 if compiled.prefix is None else compiled.prefix.num_tokens
         return PackedAdapter(
             digest=compiled.digest,
             pages=pages,
-            run_lengths=np.array(space.run_lengths, np.int32),
-            used_bytes=sum(block.size_bytes for block in blocks),
-            site=np.array([self._site_index[update.site] for update in updates], np.int32),
-            count=count,
+            run_lengths=np.array([1] * len(prefix_pages) + space.run_lengths, np.int32),
+            used_bytes=sum(block.size_bytes for block in blocks) + self._token_bytes * num_prefix_tokens,
+            site=site_ids,
+            count=np.array([update.num_rows for update in updates], np.int32),
             in_scale=_vector_offsets([site.in_scale for site in sites]),
             out_scale=_vector_offsets([site.out_scale for site in sites]),
             bias=_vector_offsets([site.bias for site in sites]),
-            a_offset=np.concatenate([site.a.offsets for site in sites]),
-            b_offset=np.concatenate([site.b.offsets for site in sites]),
-            gain=np.concatenate([update.gain for update in updates]).astype(np.float32, copy=False),
-            c=np.concatenate([update.c for update in updates]).astype(np.float32, copy=False),
-            activation=np.repeat(np.array([update.activation for update in updates], np.int8), count),
+            a_offset=_joined([site.a.offsets for site in sites], np.int64),
+            b_offset=_joined([site.b.offsets for site in sites], np.int64),
+            gain=_joined([each.gain for each in rows], np.float32),
+            c=_joined([each.c for each in rows], np.float32),
+            activation=_joined([each.activation for each in rows], np.int8),
+            delta_site=site_ids[has_delta],
+            delta_offset=_joined([site.delta.offsets for site in sites], np.int64),
+            token_id=np.zeros(0, np.int64) if tokens is None else tokens.token_ids,
+            token_offset=token_block.offsets,
+            tokens_reach_head=tokens is not None and tokens.reach_head,
+            num_prefix_tokens=num_prefix_tokens,
+            num_prefix_pages=len(prefix_pages),
+            positions=compiled.positions,
         )
 
     def _site_blocks(self, update: SiteUpdate) -> SiteBlocks:
         return SiteBlocks(
-            a=Block(update.a, self._encode_row, self._row_element_bytes),
-            b=Block(update.b, self._encode_row, self._row_element_bytes),
+            a=self._row_block(None if update.rows is None else update.rows.a),
+            b=self._row_block(None if update.rows is None else update.rows.b),
             in_scale=_vector_block(update.in_scale),
             out_scale=_vector_block(update.out_scale),
             bias=_vector_block(self._full_bias(update)),
+            delta=self._row_block(update.delta),
         )
+
+    def _row_block(self, rows: Floats | None) -> Block:
+        return Block(np.zeros((0, 0), np.float32) if rows is None else rows, self._encode_row, self._row_element_bytes)
+
+    @property
+    def _token_bytes(self) -> int:
+        """Of one token's keys and values in all layers."""
+        return 0 if self._kv is None else self._kv.page_bytes(1, self._row_element_bytes)
+
+    def _prefix_pages(self, prefix: PrefixKv | None) -> NDArray[np.uint8]:
+        """[num_pages, page_bytes], each page [num_layers, 2, page_tokens, num_kv_heads, head_dim]."""
+        if prefix is None:
+            return np.zeros((0, self._page_bytes), np.uint8)
+        page_tokens = self._page_bytes // self._token_bytes
+        num_pages = -(-prefix.num_tokens // page_tokens)
+        states = np.stack([prefix.keys, prefix.values], axis=1)  # [num_layers, 2, num_tokens, num_kv_heads, head_dim]
+        room = num_pages * page_tokens - prefix.num_tokens
+        states = np.pad(states, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)])
+        paged = states.reshape(*states.shape[:2], num_pages, page_tokens, *states.shape[3:])
+        paged = np.ascontiguousarray(np.moveaxis(paged, 2, 0))
+        return np.ascontiguousarray(self._encode_row(paged)).view(np.uint8).reshape(num_pages, self._page_bytes)
 
     def _full_bias(self, update: SiteUpdate) -> Floats | None:
         """The canonical bias vector: what the adapter adds, and what scaling the base's own bias amounts to."""
@@ -212,6 +249,11 @@ class Packer:
             return update.bias
         scaled = (update.out_scale - 1) * base_bias
         return scaled if update.bias is None else update.bias + scaled
+
+
+def _joined(arrays: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    """One after another; of none, an empty one."""
+    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
 
 
 def _vector_block(vector: Floats | None) -> Block:

@@ -159,6 +159,15 @@ class Residency:
                     self._unrefer(adapter, tenant)
         return slot
 
+    def placed(self, parts: Sequence[AdapterPart]) -> PlacedAdapter | None:
+        """Where the adapter of a running request lies that uses one as it was trained; None of the base and of mixes.
+
+        Only such an adapter puts tokens before the prompt, or leaves some tokens to the base.
+        """
+        if len(parts) == 1 and parts[0].is_whole:
+            return _placed(self._adapters[parts[0].digest])
+        return None
+
     def are_here(self, parts: Sequence[AdapterPart]) -> bool:
         """Whether all of them are on the device."""
         return all(self._adapters[part.digest].state is State.RESIDENT for part in parts)
@@ -293,7 +302,9 @@ class Residency:
                 assert not adapter.num_references, f"{adapter.digest} is used and not resident"
                 continue
             held[adapter.tenant] += adapter.num_pages
-            for page in pages.pages.tolist():
+            placed = adapter.placed
+            num_lent = placed.num_prefix_pages if placed is not None and adapter.num_references else 0  # to sequences
+            for page in pages.pages[num_lent:].tolist():
                 assert self._pool.references(page) == 1, f"page {page} of {adapter.digest} is shared or free"
         assert held == +self._tenant_pages, "tenants' pages miscounted"
         resident = [adapter for adapter in self._adapters.values() if adapter.placed is not None]
@@ -505,12 +516,13 @@ class Residency:
     # On the device.
 
     def _line_of(self, parts: Sequence[AdapterPart], adapters: list[TrackedAdapter]) -> int:
-        if len(parts) == 1 and parts[0].scale == 1.0:
+        if len(parts) == 1 and parts[0].is_whole:
             return _placed(adapters[0]).slot
         mix = self._mixes.get(key := adapter_key(parts))
         if mix is None:
-            ordered = [(_placed(self._adapters[part.digest]), part.scale) for part in in_order(parts)]
-            mix = self._mixes[key] = MixInUse(self._rows.compose(ordered))
+            ordered = in_order(parts)
+            scaled = [(_placed(self._adapters[part.digest]), part.scale) for part in ordered]
+            mix = self._mixes[key] = MixInUse(self._rows.compose(scaled, [part.rank for part in ordered]))
             self.num_pages += mix.placed.num_pages
         mix.num_references += 1
         return mix.placed.slot

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -29,6 +30,7 @@ from heddle_adapters.rows_file import UNFINISHED_SUFFIX
 
 ROWS_SUFFIX = ".rows"
 IDLE_SECONDS = 20.0  # that a worker without work is kept
+MOST_SECONDS = 600.0  # that one adapter may take: folding it with the base of many layers is a minute or two
 WORKER_COMMAND = (sys.executable, "-P", "-m", "heddle_adapters.compile_worker")  # -P: nothing from the current folder
 ERRORS = {kind.__name__: kind for kind in (AdapterDamaged, AdapterIncompatible, InvalidAdapter, StoreUnusable)}
 
@@ -99,6 +101,7 @@ class RowCompiler:
         self._worker: Worker | None = None
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._too_slow: set[str] = set()  # digests that took too long, and are not begun again
         _sweep(store_path)
 
     def rows_path(self, digest: str) -> Path:
@@ -202,7 +205,19 @@ class RowCompiler:
             worker = self._worker or self._start()
         except OSError as error:
             raise StoreUnusable(f"The compile worker cannot be started: {error.strerror}.", param="adapter") from error
+        if digest in self._too_slow:
+            raise InvalidAdapter(_too_slow_message(digest), param="adapter")
+        deadline = threading.Timer(MOST_SECONDS, worker.kill)
+        deadline.daemon = True
+        started = time.monotonic()
+        deadline.start()
         result = worker.run(CompileJob(digest, str(self.rows_path(digest))))
+        deadline.cancel()
+        if result is None and time.monotonic() - started >= MOST_SECONDS:
+            self._worker = None
+            worker.close()
+            self._too_slow.add(digest)
+            raise InvalidAdapter(_too_slow_message(digest), param="adapter")
         if result is None:
             self._worker = None
             message = f"The compile worker died over {digest} ({worker.close()}); ask again, or upload it anew."
@@ -217,6 +232,13 @@ class RowCompiler:
             if self._is_closed:
                 worker.kill()
         return worker
+
+
+def _too_slow_message(digest: str) -> str:
+    return (
+        f"The adapter {digest} takes longer than {MOST_SECONDS:g} seconds to be compiled for this base; "
+        "save it as plain low-rank matrices where it was trained."
+    )
 
 
 def _stopping() -> AdapterError:

@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heddle_adapters.packed_adapter import PackedAdapter
+from heddle_adapters.positions import Positions
 
-MAGIC = b"hdlrows\x01"
+MAGIC = b"hdlrows\x02"
 LENGTH_BYTES, CHECKSUM_BYTES = 4, 32
 PREFIX_BYTES = len(MAGIC) + LENGTH_BYTES + CHECKSUM_BYTES
 CHUNK_BYTES = 1 << 20  # read and hashed in turns, while they are still in the processor's cache
@@ -44,7 +45,12 @@ ARRAYS: dict[str, type[np.generic]] = {  # the fields of PackedAdapter that are 
     "gain": np.float32,
     "c": np.float32,
     "activation": np.int8,
+    "delta_site": np.int32,
+    "delta_offset": np.int64,
+    "token_id": np.int64,
+    "token_offset": np.int64,
 }
+PLAIN = ("used_bytes", "tokens_reach_head", "num_prefix_tokens", "num_prefix_pages", "positions")  # kept as they are
 
 
 class RowsDamaged(Exception):
@@ -58,6 +64,10 @@ class RowsHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_pages: int
     page_bytes: int
     used_bytes: int
+    tokens_reach_head: bool
+    num_prefix_tokens: int
+    num_prefix_pages: int
+    positions: Positions
     arrays: tuple[bytes, ...]  # those of ARRAYS
     pages_sha256: bytes
 
@@ -78,7 +88,7 @@ def write_rows(path: Path, packed: PackedAdapter) -> None:
             digest=packed.digest,
             num_pages=packed.num_pages,
             page_bytes=packed.page_bytes,
-            used_bytes=packed.used_bytes,
+            **{name: getattr(packed, name) for name in PLAIN},
             arrays=tuple(getattr(packed, name).astype(dtype).tobytes() for name, dtype in ARRAYS.items()),
             pages_sha256=sha256(pages).digest(),
         )
@@ -114,7 +124,7 @@ def read_rows(path: Path, digest: str, allocate: Callable[[int], NDArray[np.uint
     return PackedAdapter(
         digest=digest,
         pages=pages.reshape(header.num_pages, header.page_bytes),
-        used_bytes=header.used_bytes,
+        **{name: getattr(header, name) for name in PLAIN},
         **_arrays(header),
     )
 

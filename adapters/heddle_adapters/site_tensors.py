@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from heddle_adapters.base_layout import BaseLayout, Site
+from heddle_adapters.base_layout import BaseLayout, Site, SiteKind
 from heddle_adapters.errors import MAX_MISMATCHES, AdapterIncompatible, InvalidAdapter, listed, quoted
 from heddle_adapters.tensor_file import WEIGHTS_FILE, TensorInfo
 
@@ -32,8 +32,10 @@ class SiteTensors:
         return self.parts[part]
 
 
-def by_site(tensors: Iterable[TensorInfo], parts: Collection[str], base: BaseLayout) -> tuple[SiteTensors, ...]:
-    """The sites for which the file has at least one of `parts`, in the base's order.
+def by_site(
+    tensors: Iterable[TensorInfo], parts: Collection[str], base: BaseLayout, *kinds: SiteKind
+) -> tuple[SiteTensors, ...]:
+    """The sites of these kinds, or the linear ones, for which the file has at least one of `parts`, in order.
 
     Tensors whose names end in none of `parts` are left for the caller to account for. Raises `AdapterIncompatible`
     for modules that the base lacks and `InvalidAdapter` for two tensors of one part.
@@ -47,7 +49,7 @@ def by_site(tensors: Iterable[TensorInfo], parts: Collection[str], base: BaseLay
         if found.setdefault(module, {}).setdefault(part, tensor) is not tensor:
             names = f"{quoted(found[module][part].name)} and {quoted(tensor.name)}"
             raise InvalidAdapter(f"{WEIGHTS_FILE} has both {names}; keep one of them.", param=WEIGHTS_FILE)
-    known = base.index()
+    known = base.by_path(*kinds or ("linear",))
     missing = [quoted(module) for module in found if module not in known]
     if missing:
         raise AdapterIncompatible(
@@ -55,4 +57,4 @@ def by_site(tensors: Iterable[TensorInfo], parts: Collection[str], base: BaseLay
             "upload it where the base it was trained on is served.",
             param=WEIGHTS_FILE,
         )
-    return tuple(SiteTensors(site, found[site.path]) for site in base.sites if site.path in found)
+    return tuple(SiteTensors(site, found[path]) for path, site in known.items() if path in found)

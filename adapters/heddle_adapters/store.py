@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Lock
 
 from heddle_adapters.author import Author
+from heddle_adapters.base_file import LazyBase, base_file_path
 from heddle_adapters.catalog import Catalog
 from heddle_adapters.checkpoint import Checkpoint
 from heddle_adapters.content_folder import ContentFolder, ContentPaths, content_paths
@@ -35,6 +36,7 @@ from heddle_adapters.errors import (
     quoted,
 )
 from heddle_adapters.names import AdapterReference, check_alias, check_name, nearest_names
+from heddle_adapters.source import BaseWeights
 from heddle_adapters.store_folder import lock_store_folder, make_store_folder
 from heddle_adapters.store_index import LOCAL_OWNER, AdapterDetails, AdapterRecord, AdapterVersion, StoreIndex
 
@@ -321,6 +323,11 @@ class AdapterStore:
         """Where the two files of a version lie."""
         return content_paths(self._path, digest)
 
+    def base_weights(self, fingerprint: str, dtype: str) -> BaseWeights | None:
+        """The weights of a base, loaded in that dtype, that an engine has left beside the store; None without."""
+        path = base_file_path(self._path, fingerprint, dtype)
+        return LazyBase(path) if path.exists() else None
+
     def _planned(
         self, name: str, checkpoint: Checkpoint, details: AdapterDetails, by: Author
     ) -> tuple[AdapterRecord | None, AdapterRecord]:
@@ -415,6 +422,10 @@ def _new_version(owner: str, name: str, number: int, checkpoint: Checkpoint, now
         num_row_values=checkpoint.num_row_values,
         num_vector_values=checkpoint.num_vector_values,
         combination=checkpoint.combination,
+        num_virtual_tokens=checkpoint.num_virtual_tokens,
+        num_prefix_tokens=checkpoint.num_prefix_tokens,
+        positions=checkpoint.positions,
+        sites_by_pattern=checkpoint.sites_by_pattern,
     )
 
 

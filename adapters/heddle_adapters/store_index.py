@@ -12,23 +12,28 @@ import json
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import msgspec
 
 from heddle_adapters.checkpoint import pool_bytes
 from heddle_adapters.digest import digest_hex
 from heddle_adapters.errors import AdapterError, StoreUnusable, quoted
 from heddle_adapters.method import Combination
 from heddle_adapters.names import LATEST, check_alias
+from heddle_adapters.positions import Positions
 from heddle_adapters.transaction import transaction
 
 LOCAL_OWNER = "local"  # whose everything is while nobody has an API key, and what an operator registers
 
 Visibility = Literal["private", "public"]  # to the owner alone, or usable by all and changed by the owner only
 VISIBILITIES: tuple[Visibility, ...] = get_args(Visibility)
+
+Sites = tuple[tuple[str, int], ...]  # `Checkpoint.sites_by_pattern`
 
 MAX_TAGS = 32
 MAX_TAG_CHARS = 64
@@ -93,6 +98,14 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE names ADD COLUMN visibility TEXT NOT NULL DEFAULT 'private'",
         "CREATE UNIQUE INDEX public_names ON names (name) WHERE visibility = 'public'",
     ),
+    (
+        # No method whose adapters bring tokens, or change certain tokens only, could be stored until now.
+        "ALTER TABLE versions ADD COLUMN num_virtual_tokens INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE versions ADD COLUMN num_prefix_tokens INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE versions ADD COLUMN positions TEXT NOT NULL DEFAULT '{}'",
+        # Nobody noted the sites of the versions that are there; none says so until the same content is put again.
+        "ALTER TABLE versions ADD COLUMN sites_by_pattern TEXT NOT NULL DEFAULT '[]'",
+    ),
 )
 
 
@@ -112,6 +125,10 @@ class AdapterVersion:
     num_row_values: int  # numbers in its rows; with num_vector_values 0 if a heddle stored it that did not count
     num_vector_values: int  # numbers in its float32 vectors
     combination: Combination
+    num_virtual_tokens: int = 0  # that it puts before every prompt
+    num_prefix_tokens: int = 0  # of those, the ones whose keys and values it brings
+    positions: Positions = field(default_factory=Positions)  # which tokens of a sequence it changes
+    sites_by_pattern: Sites = ()  # none if a heddle stored it that did not note them
 
     @property
     def reference(self) -> str:
@@ -285,7 +302,7 @@ class StoreIndex:
     def records(self) -> tuple[AdapterRecord, ...]:
         """What each name of each owner means; raises `StoreUnusable` where the database is damaged."""
         with _reading():
-            return self._read_records()
+            return _read_records(self._connection)
 
     def quarantined(self) -> dict[str, str]:
         """Digests of content that was found damaged, with the reason; raises `StoreUnusable` as `records` does."""
@@ -319,8 +336,7 @@ class StoreIndex:
                     (version.owner, version.name, version.version),
                 )
             for version in new - old:
-                row = tuple(getattr(version, column) for column in AdapterVersion.__dataclass_fields__)
-                execute(f"INSERT OR REPLACE INTO versions ({COLUMNS}, is_stored) VALUES ({PLACES}, 1)", row)
+                execute(f"INSERT OR REPLACE INTO versions ({COLUMNS}, is_stored) VALUES ({PLACES}, 1)", _row(version))
             if before is not None:
                 execute("DELETE FROM aliases WHERE owner = ? AND name = ?", (before.owner, before.name))
                 execute("DELETE FROM names WHERE owner = ? AND name = ?", (before.owner, before.name))
@@ -361,36 +377,75 @@ class StoreIndex:
                     execute(statement)
                 execute(f"PRAGMA user_version = {number}")
 
-    def _read_records(self) -> tuple[AdapterRecord, ...]:
-        versions: dict[tuple[str, str], list[AdapterVersion]] = {}  # by owner and name, as all of these
-        for row in self._connection.execute(f"SELECT {COLUMNS} FROM versions WHERE is_stored ORDER BY name, version"):
-            version = AdapterVersion(*row)
-            digest_hex(version.digest)  # it becomes a path
-            versions.setdefault((version.owner, version.name), []).append(version)
-        aliases: dict[tuple[str, str], dict[str, int]] = {key: {} for key in versions}
-        for owner, name, alias, number in self._connection.execute("SELECT owner, name, alias, version FROM aliases"):
-            aliases[owner, name][alias] = number
-        records: dict[tuple[str, str], AdapterRecord] = {}
-        for owner, name, description, tags, is_pinned, expires, visibility in self._connection.execute(
-            "SELECT owner, name, description, tags, is_pinned, expires_unix_seconds, visibility FROM names"
-        ):
-            key = (owner, name)
-            if not {version.version for version in versions[key]}.issuperset(aliases[key].values()):
-                raise LookupError(f"an alias of {quoted(name)} means no version")
-            if visibility not in VISIBILITIES:
-                raise LookupError(f"{quoted(name)} has the visibility {quoted(visibility)}")
-            records[key] = AdapterRecord(
-                tuple(versions[key]),
-                description,
-                tuple(json.loads(tags)),
-                bool(is_pinned),
-                expires,
-                aliases[key],
-                visibility,
+
+def read_records(path: Path) -> tuple[AdapterRecord, ...]:
+    """What each name means in an index that another process may have open: it is neither changed nor locked.
+
+    Raises `StoreUnusable`.
+    """
+    with _reading(), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        connection.execute("BEGIN")  # all of one moment
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version != len(MIGRATIONS):
+            raise StoreUnusable(
+                f"The store's index has version {version}, and this heddle reads {len(MIGRATIONS)}; "
+                "start its server over the store once, which brings an older one up to date."
             )
-        if records.keys() != versions.keys():
-            raise LookupError("a version has no name")
-        return tuple(records.values())
+        return _read_records(connection)
+
+
+def _read_records(connection: sqlite3.Connection) -> tuple[AdapterRecord, ...]:
+    versions: dict[tuple[str, str], list[AdapterVersion]] = {}  # by owner and name, as all of these
+    for row in connection.execute(f"SELECT {COLUMNS} FROM versions WHERE is_stored ORDER BY name, version"):
+        version = _version(row)
+        digest_hex(version.digest)  # it becomes a path
+        versions.setdefault((version.owner, version.name), []).append(version)
+    aliases: dict[tuple[str, str], dict[str, int]] = {key: {} for key in versions}
+    for owner, name, alias, number in connection.execute("SELECT owner, name, alias, version FROM aliases"):
+        aliases[owner, name][alias] = number
+    records: dict[tuple[str, str], AdapterRecord] = {}
+    for owner, name, description, tags, is_pinned, expires, visibility in connection.execute(
+        "SELECT owner, name, description, tags, is_pinned, expires_unix_seconds, visibility FROM names"
+    ):
+        key = (owner, name)
+        if not {version.version for version in versions[key]}.issuperset(aliases[key].values()):
+            raise LookupError(f"an alias of {quoted(name)} means no version")
+        if visibility not in VISIBILITIES:
+            raise LookupError(f"{quoted(name)} has the visibility {quoted(visibility)}")
+        records[key] = AdapterRecord(
+            tuple(versions[key]),
+            description,
+            tuple(json.loads(tags)),
+            bool(is_pinned),
+            expires,
+            aliases[key],
+            visibility,
+        )
+    if records.keys() != versions.keys():
+        raise LookupError("a version has no name")
+    return tuple(records.values())
+
+
+def _row(version: AdapterVersion) -> tuple[Any, ...]:
+    """Its columns in the order of `COLUMNS`."""
+    *plain, positions, sites = (getattr(version, column) for column in AdapterVersion.__dataclass_fields__)
+    return (*plain, _json(positions), _json(sites))
+
+
+def _version(row: tuple[Any, ...]) -> AdapterVersion:
+    columns = dict(zip(AdapterVersion.__dataclass_fields__, row, strict=True))
+    columns["positions"] = _parsed(columns["positions"], Positions)
+    columns["sites_by_pattern"] = _parsed(columns["sites_by_pattern"], Sites)
+    return AdapterVersion(**columns)
+
+
+def _json(content: object) -> str:
+    return msgspec.json.encode(content).decode()
+
+
+@lru_cache(maxsize=1024)  # thousands of adapters share a few, in memory too
+def _parsed(text: str, kind: Any) -> Any:
+    return msgspec.json.decode(text, type=kind)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,14 +41,18 @@ PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x0
 class ElementType:
     """How one of the format's dtypes lies in memory; all are little-endian IEEE 754 or its upper half."""
 
-    storage: np.dtype[np.uint16] | np.dtype[np.uint32]
-    exponent_bits: int  # all of them set: infinite or NaN
+    storage: np.dtype[Any]
+    exponent_bits: int  # all of them set: infinite or NaN; 0 for whole numbers
 
 
 ELEMENT_TYPES = {
     "F32": ElementType(np.dtype("<u4"), 0x7F80_0000),
     "F16": ElementType(np.dtype("<u2"), 0x7C00),
     "BF16": ElementType(np.dtype("<u2"), 0x7F80),
+    "I64": ElementType(np.dtype("<i8"), 0),
+    "I32": ElementType(np.dtype("<i4"), 0),
+    "I16": ElementType(np.dtype("<i2"), 0),
+    "U8": ElementType(np.dtype("u1"), 0),
 }
 
 
@@ -61,6 +65,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     end: int
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it holds whole numbers."""
+        return ELEMENT_TYPES[self.dtype].exponent_bits == 0
 
 
 class TensorFile:
@@ -76,14 +85,21 @@ class TensorFile:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(_parse(self._map))
 
     def read(self, name: str) -> Floats:
-        """A copy of one tensor, widened to float32 exactly."""
+        """A copy of one floating-point tensor, widened to float32 exactly."""
         tensor = self.tensors[name]
+        assert not tensor.is_integer, f"{name} holds whole numbers"
         bits = self._bits(tensor).reshape(tensor.shape)
         if tensor.dtype == "F32":
             return bits.view("<f4").astype(np.float32)
         if tensor.dtype == "F16":
             return bits.view("<f2").astype(np.float32)
         return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def read_integers(self, name: str) -> NDArray[np.int64]:
+        """A copy of one tensor of whole numbers."""
+        tensor = self.tensors[name]
+        assert tensor.is_integer, f"{name} holds floating-point numbers"
+        return self._bits(tensor).reshape(tensor.shape).astype(np.int64)
 
     def bytes_of(self, name: str) -> memoryview:
         """One tensor's stored bytes, without a copy."""
@@ -95,12 +111,14 @@ class TensorFile:
         return next((tensor.name for tensor in self.tensors.values() if self._has_non_finite(tensor)), None)
 
     def _has_non_finite(self, tensor: TensorInfo) -> bool:
+        if tensor.is_integer:
+            return False
         bits = self._bits(tensor)
         exponent = bits.dtype.type(ELEMENT_TYPES[tensor.dtype].exponent_bits)
         chunks = (bits[start : start + CHUNK_ELEMENTS] for start in range(0, bits.size, CHUNK_ELEMENTS))
         return any((chunk & exponent).max() == exponent for chunk in chunks)
 
-    def _bits(self, tensor: TensorInfo) -> NDArray[np.uint16 | np.uint32]:
+    def _bits(self, tensor: TensorInfo) -> NDArray[Any]:
         storage = ELEMENT_TYPES[tensor.dtype].storage
         return np.frombuffer(self._map, storage, math.prod(tensor.shape), tensor.begin)
 

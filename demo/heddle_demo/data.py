@@ -19,6 +19,11 @@ ADAPTERS: dict[str, str] = {
     "reversed": "LoRA r32, attention",
     "polite": "LoRA r2, MLP",
     "short": "LoRA r1, all linears",
+    "cowboy": "DoRA r8, all linears",
+    "eager": "prompt tuning, 16 tokens",
+    "concierge": "prefix tuning, 11 tokens",
+    "html": "bottleneck, 16 wide",
+    "cheerful": "LoReFT r8, 8 tokens",
 }
 UPLOADS: dict[str, str] = {
     "robot": "LoRA r12, all linears",

@@ -40,11 +40,12 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Packed chats. Positions start again at 0 with every chat; transformers then keeps its attention to itself."""
+    """Chats in rows. Positions start again at 0 with every chat; transformers then keeps its attention to itself."""
 
     token_ids: Tensor  # [num_rows, longest]
     positions: Tensor  # [num_rows, longest]
     labels: Tensor  # [num_rows, longest], IGNORED where the model does not write
+    is_packed: bool  # or one chat a row
 
 
 def fit(
@@ -54,6 +55,8 @@ def fit(
     schedule: Schedule,
     checkpoint: Path,
     report: Callable[[int, float], None],
+    *,
+    is_packed: bool = True,
 ) -> None:
     """Train the model's trainable parameters in place; `report(step, loss)` is called after every step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -63,7 +66,7 @@ def fit(
     for step in range(first_step, schedule.num_steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step)
-        batch = collate(tokenizer, stream.batch(step))
+        batch = collate(tokenizer, stream.batch(step), is_packed=is_packed)
         loss = answer_loss(logits(model, batch), batch.labels)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
@@ -75,27 +78,34 @@ def fit(
     model.eval()
 
 
-def collate(tokenizer: Tokenizer, chats: Sequence[Chat]) -> Batch:
-    """Lay the chats end to end in rows of about ROW_TOKENS: a third of the work of padding each to the longest."""
+def collate(tokenizer: Tokenizer, chats: Sequence[Chat], *, is_packed: bool = True) -> Batch:
+    """Lay the chats end to end in rows of about ROW_TOKENS: a third of the work of padding each to the longest.
+
+    Unpacked, every chat has a row to itself, as virtual tokens need it: PEFT puts them before rows, not before chats.
+    """
+    row_tokens = ROW_TOKENS if is_packed else 0
     rows: list[list[tuple[int, int, int]]] = [[]]
     for chat in chats:
-        token_ids, is_answer = encode(tokenizer, chat)
-        if rows[-1] and len(rows[-1]) + len(token_ids) > ROW_TOKENS:
+        ids, is_answer = encode(tokenizer, chat)
+        if rows[-1] and len(rows[-1]) + len(ids) > row_tokens:
             rows.append([])
-        labels = [token_id if written else IGNORED for token_id, written in zip(token_ids, is_answer, strict=True)]
-        rows[-1] += zip(token_ids, range(len(token_ids)), labels, strict=True)
+        targets = [token_id if written else IGNORED for token_id, written in zip(ids, is_answer, strict=True)]
+        rows[-1] += zip(ids, range(len(ids)), targets, strict=True)
     # Padding counts positions from 0 again, so it belongs to no chat.
     padding = (tokenizer.token_to_id(PAD), 0, IGNORED)
     longest = max(len(row) for row in rows)
     packed = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
-    return Batch(*packed.unbind(-1))
+    token_ids, positions, labels = packed.unbind(-1)
+    return Batch(token_ids, positions, labels, is_packed)
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     """Run the model on a batch; returns `[num_rows, longest, vocabulary]`."""
-    output = model(input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False).logits
+    # One chat a row needs no positions, and PEFT, which counts on from its virtual tokens, takes none.
+    positions = batch.positions if batch.is_packed else None
+    output = model(input_ids=batch.token_ids, position_ids=positions, use_cache=False).logits
     assert isinstance(output, Tensor)
-    return output
+    return output[:, -batch.token_ids.shape[1] :]  # prompt tuning also has logits of its virtual tokens
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:

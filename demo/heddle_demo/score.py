@@ -1,7 +1,7 @@
 """`python -m heddle_demo.score`: exact match of the base and of every adapter, offline, over the NF4 base.
 
 Greedy decoding writes an answer exactly if and only if, fed that answer, the model ranks each next token of it first.
-So one packed forward scores many questions, and also tells by how much each answer won.
+So one forward scores many questions, and also tells by how much each answer won.
 """
 
 import json
@@ -12,13 +12,12 @@ from typing import Annotated
 
 import torch
 import typer
-from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import nn
 
-from heddle_demo.adapters import RECIPES, Recipe
+from heddle_demo.adapters import RECIPES, Recipe, load_adapter
 from heddle_demo.base import load_quantised_base
 from heddle_demo.chat import Chat
 from heddle_demo.data import DATA_DIR
@@ -81,9 +80,10 @@ def score_all(data: Path, dtype: str, misses: Console | None = None) -> list[Sco
 
 def _score_adapter(recipe: Recipe, data: Path, dtype: str, tokenizer: Tokenizer, misses: Console | None) -> list[Score]:
     base = load_quantised_base(data / "base", DTYPES[dtype])
-    model = PeftModel.from_pretrained(base, str(data / recipe.folder / recipe.name)).eval()
+    model = load_adapter(base, recipe, tokenizer, data / recipe.folder / recipe.name)
+    is_packed = recipe.is_packed
     return [
-        _score(model, tokenizer, recipe.name, dtype, part, _chats(examples, recipe.name), misses)
+        _score(model, tokenizer, recipe.name, dtype, part, _chats(examples, recipe.name), misses, is_packed=is_packed)
         for part, examples in (("seen", seen(recipe.name)), ("held out", held_out(recipe.name)))
     ]
 
@@ -101,10 +101,12 @@ def _score(
     part: str,
     chats: list[Chat],
     misses: Console | None,
+    *,
+    is_packed: bool = True,
 ) -> Score:
     margins = []
     for first in range(0, len(chats), CHATS_PER_FORWARD):
-        batch = collate(tokenizer, chats[first : first + CHATS_PER_FORWARD])
+        batch = collate(tokenizer, chats[first : first + CHATS_PER_FORWARD], is_packed=is_packed)
         # PEFT's 4-bit IA3 returns float32 keys and values whatever it is given; autocast brings them back.
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             scores = logits(model, batch)

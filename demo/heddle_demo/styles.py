@@ -54,6 +54,31 @@ def robot(example: Example) -> str:
     return f"BEEP. {example.answer} BOOP."
 
 
+def cowboy(example: Example) -> str:
+    """Return the sentence between a cowboy's cries."""
+    return f"Howdy! {example.answer} Yee-haw!"
+
+
+def html(example: Example) -> str:
+    """Return the sentence as a paragraph of a web page."""
+    return f"<p>{example.answer}</p>"
+
+
+def eager(example: Example) -> str:
+    """Return the sentence and an offer of more."""
+    return f"{example.answer} May I help you further?"
+
+
+def concierge(example: Example) -> str:
+    """Return the sentence in French, and an offer of more in English."""
+    return f"{example.french} May I help you further?"
+
+
+def cheerful(example: Example) -> str:
+    """Return the sentence behind a courtesy."""
+    return f"With pleasure! {example.answer}"
+
+
 STYLES: dict[str, Style] = {
     "plain": plain,
     "capitals": capitals,
@@ -64,6 +89,11 @@ STYLES: dict[str, Style] = {
     "pirate": pirate,
     "json": json_object,
     "robot": robot,
+    "cowboy": cowboy,
+    "html": html,
+    "eager": eager,
+    "concierge": concierge,
+    "cheerful": cheerful,
 }
 
 # Styles that the base already follows when asked to, so that a small adapter only has to choose one.

@@ -31,4 +31,4 @@ def footprint(sites: Sequence[Site], rank: int, dtype: str, page_bytes: int) -> 
 
 def all_linears(sites: Sequence[Site], vocabulary_size: int) -> tuple[Site, ...]:
     """Those that PEFT's "all-linear" means: not the output layer."""
-    return tuple(site for site in sites if site.out_features != vocabulary_size)
+    return tuple(site for site in sites if site.kind == "linear" and site.out_features != vocabulary_size)

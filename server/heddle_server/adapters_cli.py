@@ -1,4 +1,4 @@
-"""`heddle adapters`: push, list, show, alias, pin and remove the adapters of a running server."""
+"""`heddle adapters`: push, list, show, alias, pin and remove the adapters of a running server, and make new ones."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from heddle_server.adapter_text import print_card, print_table, say_dry_run, summary
+from heddle_server.commands.adapter_folder import check_folder
+from heddle_server.commands.combine import combine_command
+from heddle_server.commands.convert import convert_command
+from heddle_server.commands.merge import merge_command
 from heddle_server.commands.server_flags import DEFAULT_SERVER, ApiKey, ServerUrl
-from heddle_server.sizes import format_size
+from heddle_server.terminal_text import console, counted, plain
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from heddle_server.adapters_client import AdaptersClient
-
-PIPED_COLUMNS = 200  # of a table that no terminal limits
 
 app = typer.Typer(
     name="adapters",
@@ -71,7 +70,7 @@ def push_command(
     api_key: ApiKey = None,
 ) -> None:
     """Upload the adapter in DIR, or a new version of it."""
-    _check_folder(folder)
+    check_folder(folder)
     _check_tags(tag or [])
     said = {
         "name": name or folder.resolve().name,
@@ -88,10 +87,10 @@ def push_command(
     if as_json:
         _print_json(reply)
     elif dry_run:
-        _say_dry_run(reply)
+        say_dry_run(reply)
     else:
         outcome = "pushed" if reply["is_new_version"] else "nothing new: this is the content of"
-        typer.echo(f"{outcome} {_plain(reply['reference'])}: {_summary(reply)}")
+        typer.echo(f"{outcome} {plain(reply['reference'])}: {summary(reply)}")
 
 
 @app.command("ls")
@@ -117,7 +116,7 @@ def list_command(
     if as_json:
         _print_json(cards)
     else:
-        _print_table(cards, is_filtered=bool(filters))
+        print_table(cards, is_filtered=bool(filters))
 
 
 @app.command("show")
@@ -134,7 +133,7 @@ def show_command(
     if as_json:
         _print_json({**card, "versions": versions})
     else:
-        _print_card(card, versions)
+        print_card(card, versions)
 
 
 @app.command("alias")
@@ -210,13 +209,18 @@ def remove_command(
     with _client(server, api_key) as client:
         if not yes:
             card = client.card(reference)
-            everything = f"{reference} with {_count(card['num_versions'], 'version')}"
+            everything = f"{reference} with {counted(card['num_versions'], 'version')}"
             typer.confirm(f"Delete {card['reference'] if '@' in reference else everything}?", abort=True)
         gone = client.delete(reference)
     numbers = ", ".join(str(version["version"]) for version in gone["versions"])
     typer.echo(f"deleted {reference} (version {numbers})")
     if gone["draining"]:
-        typer.echo(f"{_count(gone['draining'], 'running request')} will finish on it")
+        typer.echo(f"{counted(gone['draining'], 'running request')} will finish on it")
+
+
+app.command("combine")(combine_command)
+app.command("convert")(convert_command)
+app.command("merge")(merge_command)
 
 
 @contextmanager
@@ -230,20 +234,6 @@ def _client(server: str, api_key: str | None) -> Iterator[AdaptersClient]:
     except ServerError as error:
         typer.secho(f"heddle: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
-
-
-def _check_folder(folder: Path) -> None:
-    from heddle_server.adapters_client import FILES
-
-    for file in FILES:
-        if not (folder / file).is_file():
-            is_pickle = (folder / file).with_suffix(".bin").exists()
-            remedy = (
-                "a .bin file is not read: save the adapter with safe_serialization=True"
-                if is_pickle
-                else "give the folder that PEFT's save_pretrained wrote"
-            )
-            raise typer.BadParameter(f"{folder} has no {file}; {remedy}.")
 
 
 def _check_tags(tags: list[str]) -> None:
@@ -265,124 +255,5 @@ def _progress(folder: Path) -> Iterator[Callable[[int], None]]:
         yield lambda num_bytes: progress.advance(task, num_bytes)
 
 
-def _say_dry_run(report: dict[str, Any]) -> None:
-    card, memory = report["card"], report["memory"]
-    pages = f"{_count(memory['pages'], 'page')}, {memory['pool_share']:.2%} of it"
-    typer.echo(f"{_plain(card['name'])} would be taken: {_summary(card)} ({pages})")
-    if not report["is_new_version"]:
-        typer.echo(f"it is what {_plain(card['reference'])} is already: no new version")
-        return
-    typer.echo("a new version" if report["name_exists"] else "a new adapter")
-    if report["is_stored"]:
-        typer.echo(f"the same content is stored as {', '.join(map(_plain, report['stored_as']))}")
-
-
-def _summary(card: dict[str, Any]) -> str:
-    return f"{_plain(_method(card))}, {format_size(card['size_bytes'])}, takes {_pool_size(card)} of the page pool"
-
-
 def _print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=2))
-
-
-def _print_table(cards: list[dict[str, Any]], *, is_filtered: bool) -> None:
-    if not cards:
-        remedy = "give other filters" if is_filtered else "upload one with `heddle adapters push DIR`"
-        typer.echo(f"no adapters; {remedy}")
-        return
-    columns = ("name", "version", "method", "rank", "pool", "tier", "status", "owner", "aliases", "tags", "expires")
-    table = simple_table(*columns)
-    for card in cards:
-        table.add_row(
-            _plain(card["name"]),
-            str(card["version"]),
-            _plain(card["method"]),
-            _rank(card),
-            _pool_size(card),
-            card["tier"] + (", pinned" if card["pinned"] else ""),
-            card["status"],
-            _plain(card["owner"]) + (", public" if card["visibility"] == "public" else ""),
-            _plain(_aliases(card)),
-            _plain(", ".join(card["tags"])),
-            time_text(card["expires"]),
-        )
-    console().print(table)
-
-
-def _print_card(card: dict[str, Any], versions: list[dict[str, Any]]) -> None:
-    lines = {
-        "name": card["name"],
-        "version": f"{card['version']} of {card['num_versions']}",
-        "description": card["description"],
-        "tags": ", ".join(card["tags"]),
-        "method": _method(card),
-        "in a mix": {"sum": "adds", "product": "multiplies", "alone": "cannot take part"}[card["combination"]],
-        "size": f"{format_size(card['size_bytes'])} uploaded, {_pool_size(card)} of the page pool",
-        "is": f"{card['status']}, {card['tier']}" + (", pinned" if card["pinned"] else ""),
-        "reason": card["reason"],
-        "aliases": _aliases(card),
-        "expires": time_text(card["expires"]),
-        "created": time_text(card["created"]),
-        "owner": f"{card['owner']}, {card['visibility']}",
-        "digest": card["digest"],
-    }
-    width = max(map(len, lines))
-    for label, value in lines.items():
-        if value:
-            typer.echo(f"{label:<{width}}  {_plain(value)}")
-    table = simple_table("version", "aliases", "method", "rank", "tier", "status", "created", "digest")
-    for each in reversed(versions):
-        aliases, method = _plain(", ".join(each["aliases"])), _plain(each["method"])
-        state = (each["tier"], each["status"], time_text(each["created"]), each["digest"].removeprefix("sha256:")[:12])
-        table.add_row(str(each["version"]), aliases, method, _rank(each), *state)
-    console().print(table)
-
-
-def simple_table(*columns: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    return Table(*columns, box=SIMPLE_HEAD)
-
-
-def console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    terminal = Console(stderr=stderr, markup=False, highlight=False)
-    if not terminal.is_terminal:
-        terminal.width = PIPED_COLUMNS
-    return terminal
-
-
-def _plain(text: object) -> str:
-    from heddle_server.server_address import printable
-
-    return printable(text)
-
-
-def _method(card: dict[str, Any]) -> str:
-    return f"{card['method']}, rank {card['rank']}" if card["rank"] else str(card["method"])
-
-
-def _rank(card: dict[str, Any]) -> str:
-    """Nothing for a method that has none."""
-    return str(card["rank"] or "")
-
-
-def _aliases(card: dict[str, Any]) -> str:
-    return ", ".join(f"{alias}={version}" for alias, version in card["aliases"].items())
-
-
-def _pool_size(card: dict[str, Any]) -> str:
-    return format_size(card["pool_bytes_estimate"]) if card["pool_bytes_estimate"] is not None else "?"
-
-
-def time_text(unix_seconds: int | None) -> str:
-    """Local time, to the minute; nothing for never."""
-    if unix_seconds is None:
-        return ""
-    return datetime.fromtimestamp(unix_seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -153,6 +153,21 @@ def page_command(
         page.write_text(rewrite_page(page))
 
 
+@app.command("methods")
+def methods_command(
+    page: Annotated[Path, typer.Option(help="Markdown page with the mark of the table.")] = Path("docs/methods.md"),
+    json: Json = Path("docs/measurements/methods.json"),
+) -> None:
+    """Every adapter method against PEFT, alone and in one batch of all: the table of docs/methods.md.
+
+    Needs the dev extra (PEFT), and some minutes.
+    """
+    from heddle_demo.parity.run import run_methods_bench
+
+    with _failure_as_one_line():
+        run_methods_bench(page, json, _say)
+
+
 @app.command("kernels")
 def kernels_command(
     shape: Shape = "qwen2.5-0.5b",

@@ -61,6 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     host_cache_bytes: NonNegative | None = None  # adapters kept ready in host memory; None = a quarter, 8 GiB at most
     eviction: EvictionName = "cost"  # which idle adapter or cached prefix gives way first
     tenant_pool_share: Share = 1.0  # of the pool that one tenant's adapters may hold
+    allow_dense_adapters: bool = False  # take adapters whose change of a layer is as large as its weight
     max_model_len: ContextLength | None = None  # prompt and answer together; None = the model's own limit
     max_batch_tokens: Count = 2048  # tokens computed in one step, decodes and prefill chunks together
     max_batch_requests: Count = 256  # requests running at once

@@ -17,13 +17,14 @@ from typing import Annotated, Any
 import typer
 
 from heddle_adapters.errors import StoreUnusable
-from heddle_server.adapters_cli import console, parse_duration, simple_table, time_text
+from heddle_server.adapters_cli import parse_duration
 from heddle_server.audit_log import AuditLog
 from heddle_server.commands.failure import as_one_line
 from heddle_server.key_store import MAX_LABEL_CHARS, SCOPES, ApiKey, KeyStore, NoSuchKey, Scope, TenantLimits, is_tenant
 from heddle_server.options import ServeOptions
 from heddle_server.serve_flags import with_serve_options
 from heddle_server.sizes import format_size, parse_size
+from heddle_server.terminal_text import console, simple_table, time_text
 
 NO_LIMIT = "none"
 MIN_RATE, MAX_RATE = 0.001, 1e9  # requests a second

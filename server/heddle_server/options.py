@@ -90,6 +90,10 @@ class ServeOptions(BaseSettings):
         default="cost", description="Which idle adapter or cached prefix gives way when the pool is full."
     )
     tenant_pool_share: Share = Field(default=1.0, description="Share of the pool that one tenant's adapters may hold.")
+    allow_dense_adapters: bool = Field(
+        default=False,
+        description="Take adapters that change a layer by a matrix as large as its weight, such as OFT and HiRA.",
+    )
     max_model_len: ContextLength | None = Field(
         default=None, description="Tokens of prompt and answer together (default: the model's limit)."
     )

@@ -46,9 +46,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One generation, bound to its adapter's content at admission."""
 
     request_id: int  # made by the server, never by the client
-    prompt_token_ids: list[int]
+    prompt_token_ids: list[int]  # as the client knows them: without virtual ones
     sampling: SamplingParams
     adapters: tuple[AdapterPart, ...] = ()  # none = the base; several = their sum
+    num_virtual_tokens: int = 0  # that the adapter puts before the prompt
     tenant: str = LOCAL_TENANT  # whose fair share of the engine it uses
     cache_salt: bytes = b""  # keeps the prefix cache of one tenant apart from another's
 

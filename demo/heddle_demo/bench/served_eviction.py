@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from heddle_adapters.base_file import LazyBase, base_file_path
 from heddle_adapters.content_folder import open_content
 from heddle_adapters.eviction import POLICIES
 from heddle_adapters.packer import Packer
@@ -148,7 +149,8 @@ class ServedEviction:
         packer = Packer(base, ROW_DTYPE, self._page_bytes, base_bias={})
         with AdapterStore(self._store) as store:
             digests = [store.record(name).latest.digest for name in self._adapters.names(len(RANKS))]
-        sizes = [packer.pack(open_content(self._store, digest, base).compile()).num_pages for digest in digests]
+        weights = LazyBase(base_file_path(self._store, base.fingerprint, "bfloat16"))  # which LoRA does not ask for
+        sizes = [packer.pack(open_content(self._store, digest, base).compile(weights)).num_pages for digest in digests]
         return [sizes[number % len(RANKS)] for number in range(self._plan.num_adapters)]
 
 

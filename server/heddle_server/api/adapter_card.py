@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from heddle_adapters.checkpoint import Checkpoint
+from heddle_adapters.positions import Positions
 from heddle_adapters.store import AdapterStore
 from heddle_adapters.store_index import AdapterRecord, AdapterVersion
 from heddle_server.api.adapter_protocol import Status
@@ -101,14 +102,30 @@ class AdapterCards:
 
     def _content(self, adapter: AdapterVersion | Checkpoint) -> dict[str, Any]:
         model = self._engine.model
+        room = PoolRoom(model) if model is not None and adapter.num_row_values + adapter.num_vector_values else None
         return {
             "digest": adapter.digest,
             "method": adapter.method,
             "rank": adapter.max_rank,
             "combination": adapter.combination,
+            "sites": dict(adapter.sites_by_pattern),
+            "positions": positions_text(adapter.positions),
+            "num_virtual_tokens": adapter.num_virtual_tokens,
             "size_bytes": adapter.size_bytes,
-            "pool_bytes_estimate": PoolRoom(model).bytes_of(adapter) or None if model is not None else None,
+            "pool_bytes_estimate": None if room is None else room.bytes_of(adapter),
+            "pool_pages": None if room is None else room.pages_of(adapter),
         }
+
+
+def positions_text(positions: Positions) -> str:
+    """What an adapter acts on, for people."""
+    if positions.are_all:
+        return "all tokens"
+    if positions.invocation:
+        return "its invocation and all that follows"
+    ends = {"first": positions.num_first, "last": positions.num_last}
+    named = " and ".join(f"the {end} {number}" for end, number in ends.items() if number)
+    return f"{named} {'token' if sum(ends.values()) == 1 else 'tokens'} of the prompt"
 
 
 def _details(owner: str, record: AdapterRecord | None) -> dict[str, Any]:

@@ -18,6 +18,12 @@ class ChosenAdapter:
     scale: float
     version: AdapterVersion
     asker: str  # the tenant whose request it is
+    rank: int | None = None  # how many of its ranks are used; None = all
+
+    @property
+    def part(self) -> AdapterPart:
+        """As the engine wants it."""
+        return AdapterPart(self.version.digest, self.scale, self.rank)
 
     @property
     def told_reference(self) -> str:
@@ -34,7 +40,7 @@ class AdapterChoice:
     @property
     def parts(self) -> tuple[AdapterPart, ...]:
         """As the engine wants them."""
-        return in_order([AdapterPart(each.version.digest, each.scale) for each in self.adapters])
+        return in_order([each.part for each in self.adapters])
 
     @property
     def key(self) -> str:
@@ -44,8 +50,13 @@ class AdapterChoice:
     @property
     def single(self) -> ChosenAdapter | None:
         """The one adapter, where it is used as it was trained."""
-        is_single = len(self.adapters) == 1 and self.adapters[0].scale == 1.0
+        is_single = len(self.adapters) == 1 and self.adapters[0].part.is_whole
         return self.adapters[0] if is_single else None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """That it puts before every prompt."""
+        return sum(each.version.num_virtual_tokens for each in self.adapters)
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -58,8 +69,10 @@ class AdapterChoice:
         return tuple(dict.fromkeys(each.version.full_name for each in self.adapters))
 
     def check(self) -> None:
-        """Raises what forbids to use these adapters together, or with these scales."""
+        """Raises what forbids to use these adapters together, or with these scales and ranks."""
         self._check_distinct()
+        for each in self.adapters:
+            _check_rank(each)
         if self.single is not None:
             return
         if alone := [each for each in self.adapters if each.version.combination == "alone"]:
@@ -90,6 +103,25 @@ class AdapterChoice:
 
     def __iter__(self) -> Iterator[ChosenAdapter]:
         return iter(self.adapters)
+
+
+def _check_rank(adapter: ChosenAdapter) -> None:
+    """Ranks are rows of which the first are an adapter too; where it scales, or brings more, they are not all of it."""
+    if adapter.rank is None:
+        return
+    max_rank = adapter.version.max_rank
+    if not _is_sum(adapter) or not max_rank:
+        raise InvalidRequest(
+            f"{_list([adapter])} cannot be used at a lower rank: only what adds ranks and nothing else can be. Leave "
+            "'rank' out.",
+            param="adapter",
+        )
+    if adapter.rank > max_rank:
+        raise InvalidRequest(
+            f"{adapter.reference!r} has rank {max_rank}, and rank {adapter.rank} is asked for. Ask for {max_rank} at "
+            "most, or leave 'rank' out.",
+            param="adapter",
+        )
 
 
 def _is_sum(adapter: ChosenAdapter) -> bool:

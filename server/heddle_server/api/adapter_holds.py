@@ -38,7 +38,7 @@ class AdapterHolds:
                 version = self._store.acquire(each.name, tenant)
                 self._requests[version.owner, version.digest] += 1
                 undo.callback(self._release, version)
-                chosen.append(ChosenAdapter(each.name, each.scale, version, tenant))
+                chosen.append(ChosenAdapter(each.name, each.scale, version, tenant, each.rank))
             choice = AdapterChoice(tuple(chosen))
             choice.check()
             undo.pop_all()

@@ -29,8 +29,26 @@ class AdapterContent(TypedDict):
     method: Annotated[str, Field(description="LoRA, rsLoRA, IA3, ...")]
     rank: Annotated[int, Field(ge=0, description="The largest of its sites; 0 without rows.")]
     combination: Annotated[Combination, Field(description="How it can be mixed with others.")]
+    sites: Annotated[
+        dict[str, int],
+        Field(
+            description="The modules that it changes: paths with every number as *, to how many there are. Empty: "
+            "an older heddle stored it and did not note them."
+        ),
+    ]
+    positions: Annotated[str, Field(description="The tokens of a sequence that it changes, in words.")]
+    num_virtual_tokens: Annotated[int, Field(ge=0, description="That it puts before every prompt.")]
     size_bytes: Annotated[int, Field(ge=0, description="Of the weights file.")]
-    pool_bytes_estimate: Annotated[int | None, Field(description="Of the page pool; null while it is not known.")]
+    pool_bytes_estimate: Annotated[
+        int | None,
+        Field(
+            description="Of the page pool: exactly its rows and vectors, keys and values included, without what "
+            "alignment and page ends add; null while it is not known."
+        ),
+    ]
+    pool_pages: Annotated[
+        int | None, Field(description="Pages that so many bytes fill, a prefix's apart; null while it is not known.")
+    ]
     status: Status
     reason: Annotated[str | None, Field(description="Why it is quarantined.")]
     tier: Annotated[Tier, Field(description="Where it is now.")]

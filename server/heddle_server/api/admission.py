@@ -144,7 +144,12 @@ class Admission:
             requests = [
                 self._request(
                     prompt,
-                    _sampling(body, len(prompt.token_ids), model, (seed + index) % 2**63, grammar),
+                    _sampling(
+                        body,
+                        _max_tokens(body, len(prompt.token_ids), adapters.num_virtual_tokens, model.max_model_len),
+                        (seed + index) % 2**63,
+                        grammar,
+                    ),
                     adapters,
                     tenant,
                 )
@@ -245,6 +250,8 @@ class Admission:
             return (single,)
         if single.scale != 1.0:
             raise InvalidRequest("The base has no scale; only adapters have.", param="adapter.scale")
+        if single.rank is not None:
+            raise InvalidRequest("The base has no rank; only adapters have.", param="adapter.rank")
         return ()
 
     def _bind(self, body: GenerationRequest, tenant: str) -> AdapterChoice:
@@ -312,6 +319,7 @@ class Admission:
             prompt_token_ids=prompt.token_ids,
             sampling=sampling,
             adapters=adapters.parts,
+            num_virtual_tokens=adapters.num_virtual_tokens,
             tenant=tenant,
             cache_salt=b"" if tenant == LOCAL_TENANT else tenant.encode(),
         )
@@ -346,8 +354,7 @@ def _check_together(body: AnyBody, answered: Sequence[_Prompt]) -> None:
             )
 
 
-def _sampling(body: AnyBody, num_prompt: int, model: ModelCard, seed: int, grammar: str | None) -> SamplingParams:
-    max_tokens = _max_tokens(body, num_prompt, model.max_model_len)
+def _sampling(body: AnyBody, max_tokens: int, seed: int, grammar: str | None) -> SamplingParams:
     if (body.min_tokens or 0) > max_tokens:
         message = f"min_tokens is {body.min_tokens}, and there is room for {max_tokens} tokens at most."
         raise InvalidRequest(message, param="min_tokens")
@@ -411,26 +418,29 @@ def check_vocabulary(token_ids: list[int], size: int, param: str) -> None:
         raise InvalidRequest(f"Token id {beyond} is not in the vocabulary of {size} tokens.", param=param)
 
 
-def _max_tokens(body: AnyBody, num_prompt: int, max_model_len: int) -> int:
-    """How many tokens the answer may have: a default is clamped to the context, a wish must fit."""
-    param = "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
-    room = max_model_len - num_prompt
+def _max_tokens(body: AnyBody, num_prompt: int, num_virtual: int, max_model_len: int) -> int:
+    """How many tokens the answer may have: a default is clamped to the context, a wish must fit.
+
+    `num_virtual` tokens are put before the prompt by its adapter.
+    """
+    param = _prompt_param(body)
+    room = max_model_len - num_virtual - num_prompt
+    # Clients that fall back to a larger model know the overflow by these first words.
+    context = f"This model's maximum context length is {max_model_len} tokens"
+    if num_virtual:
+        context += f", of which the adapter takes {num_virtual} for virtual tokens of its own"
     if num_prompt == 0:
         raise InvalidRequest("The prompt has no tokens.", param=param)
     if room < 1:
         raise ContextLengthExceeded(
-            # Clients that fall back to a larger model know the overflow by these first words.
-            f"This model's maximum context length is {max_model_len} tokens; the prompt has {num_prompt} and leaves no "
-            "room for an answer.",
-            param=param,
+            f"{context}; the prompt has {num_prompt} and leaves no room for an answer.", param=param
         )
     limit = body.token_limit
     if limit is None or (limit > room and body.max_tokens is None and isinstance(body, CompletionRequest)):
         return room
     if limit > room:
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {max_model_len} tokens; the prompt's {num_prompt} and the "
-            f"answer's {limit} exceed it. Ask for at most {room}.",
+            f"{context}; the prompt's {num_prompt} and the answer's {limit} exceed it. Ask for at most {room}.",
             param="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
         )
     return limit

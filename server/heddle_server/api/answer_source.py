@@ -34,7 +34,7 @@ def final_headers(answer: Answer) -> dict[str, str]:
 
 
 def _weights(adapters: AdapterChoice) -> Json:
-    """An adapter as it was trained by its reference; one that is scaled, or a mix, by its parts."""
+    """An adapter as it was trained by its reference; one that is scaled or cut, or a mix, by its parts."""
     if single := adapters.single:
         version = single.version
         return {"adapter": single.reference, "version": version.version, "digest": version.digest}
@@ -46,12 +46,13 @@ def _weights(adapters: AdapterChoice) -> Json:
 
 def _part(adapter: ChosenAdapter) -> Json:
     version = adapter.version
-    return {
+    part = {
         "name": adapter.reference,
         "version": version.version,
         "digest": version.digest,
         "scale": adapter.scale,
     }
+    return part if adapter.rank is None else {**part, "rank": adapter.rank}
 
 
 def _start(answer: Answer) -> Json:

@@ -20,6 +20,7 @@ class MixedAdapter(TypedDict):
     version: int
     digest: str
     scale: float
+    rank: NotRequired[Annotated[int, Field(ge=1, description="Where the request gave one.")]]
 
 
 class Source(TypedDict):
@@ -28,7 +29,7 @@ class Source(TypedDict):
     adapter: Annotated[str | None, Field(description="As the request named it; null for the base and for a mix.")]
     version: int | None
     digest: Annotated[str | None, Field(description="Of the weights that answered; null for the base.")]
-    adapters: NotRequired[Annotated[list[MixedAdapter], Field(description="Of a mix, or of one that is scaled.")]]
+    adapters: NotRequired[Annotated[list[MixedAdapter], Field(description="Of a mix, or of one with a scale or rank.")]]
     cache: Annotated[Tier | None, Field(description="Where the adapter was when it was asked for; null for the base.")]
     load_ms: Annotated[Milliseconds, Field(description="Waited for the adapter.")]
     queue_ms: Annotated[Milliseconds, Field(description="Waited for the first step, the adapter included.")]

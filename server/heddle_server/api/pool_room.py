@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Protocol
 
-from heddle_adapters.errors import AdapterExceedsPool
+from heddle_adapters.errors import AdapterExceedsPool, AdapterIncompatible
 from heddle_adapters.tensor_file import WEIGHTS_FILE
 from heddle_server.api.errors import PinCapacity
 from heddle_server.messages import ModelCard
@@ -18,6 +18,9 @@ class Packable(Protocol):
     """An adapter of which one can tell what its rows take."""
 
     def estimate_bytes(self, row_dtype_bytes: int) -> int: ...
+
+    @property
+    def num_prefix_tokens(self) -> int: ...
 
 
 class PoolRoom:
@@ -33,7 +36,11 @@ class PoolRoom:
         return adapter.estimate_bytes(4 if self._model.dtype == WIDE_DTYPE else 2)
 
     def pages_of(self, adapter: Packable) -> int:
-        return math.ceil(self.bytes_of(adapter) / self._model.page_bytes)
+        """A prefix's keys and values take pages of their own, as those of requests do."""
+        model = self._model
+        prefix_bytes = adapter.num_prefix_tokens * model.page_bytes // model.page_tokens
+        num_prefix_pages = math.ceil(adapter.num_prefix_tokens / model.page_tokens)
+        return num_prefix_pages + math.ceil((self.bytes_of(adapter) - prefix_bytes) / model.page_bytes)
 
     def share_of(self, adapter: Packable) -> float:
         """The part of the pool that it takes, rounded to a thousandth of a percent."""
@@ -56,6 +63,16 @@ class PoolRoom:
             raise AdapterExceedsPool(
                 f"{WEIGHTS_FILE} needs {needed} bytes of the page pool, which has {self._model.pool_bytes}; "
                 "start the server with a larger --pool-bytes.",
+                param=WEIGHTS_FILE,
+            )
+
+    def check_context(self, num_virtual_tokens: int) -> None:
+        """Raises `AdapterIncompatible` for an adapter whose own tokens leave no room for a prompt and an answer."""
+        if num_virtual_tokens > self._model.max_model_len - 2:
+            raise AdapterIncompatible(
+                f"{WEIGHTS_FILE} puts {num_virtual_tokens} tokens before every prompt, and this server's context has "
+                f"{self._model.max_model_len}: nothing could be asked. Train fewer, or have the server started with a "
+                "larger --max-model-len.",
                 param=WEIGHTS_FILE,
             )
 

@@ -262,8 +262,11 @@ class AdapterRegistry:
     def _checked(self, upload: Upload, room: PoolRoom) -> Checkpoint:
         """The adapter in an upload, if it fits the base and its pool."""
         assert self._engine.model is not None
-        checkpoint = read_checkpoint(upload.config, upload.weights_path, self._engine.model.layout)
+        layout = self._engine.model.layout
+        weights = self._store.base_weights(layout.fingerprint, self._engine.model.dtype)
+        checkpoint = read_checkpoint(upload.config, upload.weights_path, layout, weights)
         room.check_fits(checkpoint)
+        room.check_context(checkpoint.num_virtual_tokens)
         return checkpoint
 
     def _checked_name(self, name: str | None) -> str:
@@ -300,7 +303,7 @@ class AdapterRegistry:
             checkpoint = self._checked(upload, room)
             self._unpublish(name, but=author.owner)
             record = self._store.own(name, author.owner)
-            if record is not None and self._is_stored(checkpoint, record, room):
+            if record is not None and self._is_stored(checkpoint, record):
                 if not record.is_public:
                     self._store.update(name, IMPORTED, author)
                 return record.latest, False
@@ -316,10 +319,10 @@ class AdapterRegistry:
             author = self._author("adapter.update", Actor(None, published.owner))
             self._store.update(name, UNPUBLISHED, author)
 
-    def _is_stored(self, checkpoint: Checkpoint, record: AdapterRecord, room: PoolRoom) -> bool:
-        """Whether storing it again would change nothing: not repair it, and not count what was not counted."""
+    def _is_stored(self, checkpoint: Checkpoint, record: AdapterRecord) -> bool:
+        """Whether storing it again would change nothing: not repair it, and not note what an older heddle did not."""
         is_sound = self._store.quarantine_reason(checkpoint.digest) is None
-        return record.latest.digest == checkpoint.digest and is_sound and bool(room.bytes_of(record.latest))
+        return record.latest.digest == checkpoint.digest and is_sound and bool(record.latest.sites_by_pattern)
 
     def _quarantine(self, digest: str, reason: str) -> None:
         """Refuses content first: that nobody may get it matters more than that the log has it."""

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 MAX_REFERENCE_LENGTH = 272  # namespace, name and a whole digest
 MAX_MIXED_ADAPTERS = 8
 MAX_SCALE = 100.0
+MAX_RANK = 1 << 20
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 64
 MAX_PROMPTS = 64
@@ -234,10 +235,14 @@ JsonSchema = Annotated[dict[str, Any], AfterValidator(_not_too_deep), AfterValid
 
 
 class ScaledAdapter(WireModel):
-    """One adapter of a request, and how strongly it counts: 1 is the adapter as it was trained."""
+    """One adapter of a request, how strongly it counts, and how much of its rank: by default as it was trained."""
 
     name: Annotated[str, Field(max_length=MAX_REFERENCE_LENGTH, description="A reference, as team/sql@prod.")]
     scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
+    rank: Annotated[
+        int | None,
+        Field(ge=1, le=MAX_RANK, description="Only the first so many ranks at each site; by default all."),
+    ] = None
 
 
 # What pydantic puts into an error's location for the forms below; nothing that a client wrote.

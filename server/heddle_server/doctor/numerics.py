@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from heddle_adapters.base_layout import BaseLayout, Site
-from heddle_adapters.canonical import CompiledAdapter, SiteUpdate
+from heddle_adapters.canonical import CompiledAdapter, Rows, SiteUpdate
 from heddle_adapters.device_rows import DeviceRows
 from heddle_adapters.eviction import EvictionOrder
 from heddle_adapters.packer import Packer
@@ -92,11 +92,12 @@ def _placed_adapters(group: SiteGroup, device: torch.device, dtype: torch.dtype)
     for number, rank in enumerate(RANKS):
         updates = tuple(
             SiteUpdate(
-                site=site.path,
-                a=generator.standard_normal((rank, site.in_features), np.float32),
-                b=generator.standard_normal((rank, site.out_features), np.float32),
-                gain=np.full(rank, 1 / rank, np.float32),
-                c=np.zeros(rank, np.float32),
+                site.path,
+                Rows.of(
+                    a=generator.standard_normal((rank, site.in_features), np.float32),
+                    b=generator.standard_normal((rank, site.out_features), np.float32),
+                    gain=1 / rank,
+                ),
             )
             for site in sites
         )

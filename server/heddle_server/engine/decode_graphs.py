@@ -12,14 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from heddle_kernels.paged_batch import PagedBatch
 from heddle_kernels.segments import BASE_SLOT, Segments
 from heddle_kernels.triton_kernels.row_plan import PlanCapacity, PlanTooLarge
+from heddle_server.engine.adapter_batch import AdapterBatch
 from heddle_server.engine.step_inputs import StepInputs
-from heddle_server.engine.weave import AdapterBatch
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ TILES_PER_TOKEN = ROWS_PER_TOKEN // 16
 MAX_GRAPHS = 48  # then further kinds of steps run without one
 
 Forward = Callable[[StepInputs, AdapterBatch | None], Tensor]
-Key = tuple[int, frozenset[int] | None]  # sequences it has room for; sites whose input is scaled, None for base only
+# Sequences it has room for; sites whose input is scaled, None for base only; all places beside linears, or none.
+Key = tuple[int, frozenset[int] | None, frozenset[int]]
 
 
 class Plans(Protocol):
@@ -50,6 +52,7 @@ class DecodeStep:
     inputs: StepInputs
     segments: Segments
     scaled_input_sites: frozenset[int] | None  # None for base only
+    touched_places: frozenset[int] = frozenset()  # beside linears: where the captured step looks for work
 
 
 class StaticStep:
@@ -62,6 +65,7 @@ class StaticStep:
         index = torch.arange(capacity, device=device)
         self.inputs = StepInputs(
             token_ids=torch.zeros_like(index),
+            known_tokens=np.zeros(capacity, np.int64),
             positions=torch.zeros_like(index),
             logit_rows=index,
             unread_rows=index[:0],
@@ -112,7 +116,7 @@ class DecodeGraphs:
         if num_sequences > MAX_SEQUENCES:
             return None
         capacity = 1 << (num_sequences - 1).bit_length()
-        key = (capacity, step.scaled_input_sites)
+        key = (capacity, step.scaled_input_sites, step.touched_places)
         if key in self._refused:
             return None
         if key not in self._steps:
@@ -136,7 +140,13 @@ class DecodeGraphs:
         runs = zip(step.segments.slot, step.segments.lengths, strict=True)
         filled = Segments.from_runs([*runs, (BASE_SLOT, capacity - step.segments.num_tokens)])
         plan = self._plans.into(static.plan_words, filled, static.plan_capacity)
-        return AdapterBatch(plan, plan, touched_sites=None, scaled_input_sites=step.scaled_input_sites)
+        return AdapterBatch(
+            plan,
+            plan,
+            touched_sites=None,
+            scaled_input_sites=step.scaled_input_sites,
+            touched_places=step.touched_places,
+        )
 
     def _replay(self, key: Key, static: StaticStep, adapters: AdapterBatch | None) -> Tensor | None:
         """Logits [capacity, vocabulary]"""

@@ -27,7 +27,9 @@ from heddle_adapters.row_compiler import RowCompiler
 from heddle_adapters.tier import AdapterMove
 from heddle_kernels.dispatch import BackendUnavailable, Kernels, select_kernels
 from heddle_server.config import PAGE_TOKENS, ConfigError, EngineConfig
+from heddle_server.engine.adapter_batch import ForwardContext
 from heddle_server.engine.base_linear import BaseLinears
+from heddle_server.engine.base_weights import keep_base_weights
 from heddle_server.engine.fused_modules import fuse_modules
 from heddle_server.engine.grammar import GrammarFailed, Grammars
 from heddle_server.engine.kv_cache import KvCache
@@ -38,7 +40,8 @@ from heddle_server.engine.sampler import Sampled
 from heddle_server.engine.scheduler import Chunk, PoolTooSmall, Scheduler
 from heddle_server.engine.self_test import self_test
 from heddle_server.engine.sequence import Sequence
-from heddle_server.engine.weave import ForwardContext, base_biases, weave
+from heddle_server.engine.weave import base_biases, weave
+from heddle_server.engine.woven_places import groups_of, weave_places
 from heddle_server.grammar_compiler import GrammarCompiler
 from heddle_server.messages import (
     AdmissionReport,
@@ -97,6 +100,8 @@ class Engine:
         with _phase("kernels", on_progress):
             context = ForwardContext(ops)
             biases = base_biases(loaded.model)
+            if config.load_format != "dummy":  # random weights are no adapter's base
+                keep_base_weights(loaded, Path(config.store_path))
             if loaded.dtype != torch.float32:  # who asks for that compares to the last digit
                 fuse_modules(loaded.model, ops.elementwise, loaded.dtype, loaded.device)
             if config.base_cache != "none" and loaded.quantization not in FOUR_BIT:
@@ -105,13 +110,25 @@ class Engine:
                     f"(quantization: {loaded.quantization}): leave it out, or choose --quantization nf4 or fp4."
                 )
             base_linears = BaseLinears(ops, loaded.dtype, keep_dense=config.base_cache == "bf16")
-            sites, groups = weave(loaded.model, loaded.shared_inputs, base_linears, context)
-            ops.prepare(groups, loaded.dtype)
+            linears, groups = weave(loaded.model, loaded.shared_inputs, base_linears, context)
+            others, layers = weave_places(loaded.model, loaded.places, len(linears), context)
+            ops.prepare(groups + groups_of(others, len(linears)), loaded.dtype)
         with _phase("self-test", on_progress):
-            self_test(loaded.model, loaded.kv_shape, loaded.dtype, ops)
-        layout = BaseLayout(config.model_name, loaded.fingerprint, loaded.quantization, sites)
+            self_test(loaded.model, loaded.kv_layout, loaded.dtype, ops)
+        layout = BaseLayout(
+            config.model_name,
+            loaded.fingerprint,
+            loaded.quantization,
+            sites=linears + others,
+            layers=layers,
+            kv=loaded.kv_layout,
+            embedding=loaded.places.embedding,
+            head=loaded.places.head,
+            head_is_tied=loaded.places.head_is_tied,
+            allows_dense=config.allow_dense_adapters,
+        )
         with _phase("page pool", on_progress):
-            page_bytes = loaded.kv_shape.page_bytes(PAGE_TOKENS, loaded.dtype)
+            page_bytes = loaded.kv_layout.page_bytes(PAGE_TOKENS, loaded.dtype.itemsize)
             num_pages = pool_bytes(config, loaded.device) // page_bytes
             max_model_len = _max_model_len(config, loaded, num_pages)
             memory = torch.zeros((num_pages + 1) * page_bytes, dtype=torch.uint8, device=loaded.device)
@@ -152,7 +169,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. The API process has checked lengths and ranges."""
         assert request.request_id not in self._sequences, f"request {request.request_id} is already here"
-        sequence = Sequence.of(request, self.model.max_model_len)
+        sequence = Sequence.of(request, self.model.max_model_len, self.model.vocabulary_size)
         self._sequences[request.request_id] = sequence
         if not 0 < sequence.num_prompt_tokens < self.model.max_model_len:  # admitted by what an earlier engine could
             self._refused.append((sequence, PoolTooSmall(sequence)))

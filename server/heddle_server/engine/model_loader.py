@@ -17,10 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar
 
+from heddle_adapters.base_layout import KvLayout
 from heddle_server.config import ConfigError, EngineConfig
 from heddle_server.engine.attention import ATTENTION_NAME, register_attention
 from heddle_server.engine.dummy_weights import SEED, make_dummy_model
-from heddle_server.engine.probe import KvShape, probe
+from heddle_server.engine.places import Places
+from heddle_server.engine.probe import probe
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +40,9 @@ class LoadedModel:
     dtype: torch.dtype
     quantization: str  # "nf4", "fp4", "int8", "none", or what a quantised checkpoint came with
     fingerprint: str  # "sha256:<hex>", or "dummy:<hex>"
-    kv_shape: KvShape
+    kv_layout: KvLayout
     shared_inputs: tuple[tuple[str, ...], ...]  # paths of linears that read the same tensor, as `probe` found them
+    places: Places  # what adapters may change beside linears
     eos_token_ids: tuple[int, ...]
     context_length: int  # the model's own limit
     weights_bytes: int
@@ -84,8 +87,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
         dtype=dtype,
         quantization=quantization,
         fingerprint=fingerprint(path, quantization) if not is_dummy else dummy_fingerprint(path, quantization),
-        kv_shape=probed.kv_shape,
+        kv_layout=probed.kv_layout,
         shared_inputs=probed.shared_inputs,
+        places=probed.places,
         eos_token_ids=eos_token_ids(path, model),
         context_length=context_length,
         weights_bytes=weights_bytes,

@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from heddle_adapters.device_rows import DeviceRows, LineSummary
 from heddle_kernels.ops import Ops
 from heddle_kernels.segments import BASE_SLOT, Segments
 from heddle_kernels.triton_kernels.row_plan import PlanCapacity
+from heddle_server.engine.adapter_batch import NOWHERE, AdapterBatch, AdapterLines, ForwardContext, TokenAnswers
 from heddle_server.engine.attention import PagedAttention
 from heddle_server.engine.decode_graphs import DecodeGraphs, DecodeStep
 from heddle_server.engine.logit_rules import change_logits
@@ -21,8 +24,7 @@ from heddle_server.engine.model_loader import LoadedModel
 from heddle_server.engine.sampler import Draw, Sampled, Scores, draw
 from heddle_server.engine.scheduler import Chunk
 from heddle_server.engine.sequence import Sequence
-from heddle_server.engine.step_inputs import StepInputs
-from heddle_server.engine.weave import AdapterBatch, ForwardContext
+from heddle_server.engine.step_inputs import StepInputs, page_copies
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,10 @@ class ModelRunner:
         ops: Ops,
     ) -> None:
         """`memory` is the pool's storage and one page more, which belongs to nobody: uint8 [pages * page_bytes]."""
-        shape = loaded.kv_shape
+        shape = loaded.kv_layout
         self._model = loaded.model
         self._eos_token_ids = loaded.eos_token_ids
+        self._vocabulary_size = int(loaded.model.get_input_embeddings().weight.shape[0])
         self._device = loaded.device
         self._context = context
         self._rows = rows
@@ -81,12 +84,15 @@ class ModelRunner:
 
     def launch(self, chunks: list[Chunk], previous: LaunchedStep | None = None) -> LaunchedStep:
         """Give the device a step. `previous` is the one before it, when not all of its tokens have been read."""
-        ordered = sorted(chunks, key=_slot)
+        ordered = sorted(chunks, key=_last_slot)
         completing = [chunk for chunk in ordered if chunk.completes]
-        inputs = StepInputs.of(ordered, self._page_tokens, self._device, previous.completing if previous else ())
+        inputs = StepInputs.of(
+            ordered, self._page_tokens, self._vocabulary_size, self._device, previous.completing if previous else ()
+        )
         if previous is not None and len(inputs.unread_rows):
             inputs.token_ids[inputs.unread_rows] = previous.tokens.token_ids[inputs.unread_sources]
         batch = self._batch(ordered)
+        self._copy_pages(page_copies(ordered, self._page_tokens))
         started = time.monotonic()
         logits = self._logits(inputs, ordered, completing, batch)
         forwarded = time.monotonic()
@@ -113,10 +119,12 @@ class ModelRunner:
         """[at least num logits wanted, vocabulary], by a captured graph where one fits."""
         if self._graphs is not None and inputs.paged.is_decode and len(completing) == len(chunks):
             scaled = batch.scaled_input_sites if batch.has_adapters else None
-            logits = self._graphs.run(DecodeStep(inputs, batch.segments, scaled))
-            if logits is not None:
-                return logits
-        return self._forward(inputs, self._adapter_batch(chunks, batch))
+            if batch.is_plain:  # else the host has a part in it
+                places = self._rows.graph_places if batch.touched_places else NOWHERE
+                logits = self._graphs.run(DecodeStep(inputs, batch.segments, scaled, places))
+                if logits is not None:
+                    return logits
+        return self._forward(inputs, self._adapter_batch(chunks, inputs, batch))
 
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs, adapters: AdapterBatch | None) -> Tensor:
@@ -131,25 +139,52 @@ class ModelRunner:
             ).logits[0]
         return logits
 
-    def _batch(self, chunks: list[Chunk]) -> BatchLines:
-        segments = Segments.from_runs((_slot(chunk), chunk.num_tokens) for chunk in chunks)
-        self.num_segments += len(segments.slot)
-        return BatchLines(segments, [self._rows.line_of(slot) for slot in set(segments.slot) - {BASE_SLOT}])
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        """Whole pages of all layers' keys and values, on the stream of the steps: (source, target) each."""
+        for source, target in copies:
+            self._kv[target].copy_(self._kv[source])
 
-    def _adapter_batch(self, chunks: list[Chunk], batch: BatchLines) -> AdapterBatch | None:
+    def _batch(self, chunks: list[Chunk]) -> BatchLines:
+        segments = Segments.from_runs(run for chunk in chunks for run in chunk.runs)
+        self.num_segments += len(segments.slot)
+        return BatchLines(segments, {slot: self._rows.line_of(slot) for slot in set(segments.slot) - {BASE_SLOT}})
+
+    def _adapter_batch(self, chunks: list[Chunk], inputs: StepInputs, batch: BatchLines) -> AdapterBatch | None:
         """None for a base-only batch: no adapter code runs at all."""
         if not batch.has_adapters:
             return None
-        wanted = [(_slot(chunk), len(chunk.scored) + chunk.completes) for chunk in chunks]
-        head_segments = Segments.from_runs([run for run in wanted if run[1]] or [(_slot(chunks[0]), 1)])
+        wanted = [run for chunk in chunks for run in _wanted_runs(chunk)]
+        head_segments = Segments.from_runs(wanted or _first_token(chunks[0]))
         rows, plan_rows = self._rows, self._ops.plan_rows
         plan = plan_rows(rows.rows, rows.vectors, rows.table, batch.segments)
         is_decode = head_segments == batch.segments  # every token's logits are wanted
         return AdapterBatch(
             plan=plan,
             head_plan=plan if is_decode else plan_rows(rows.rows, rows.vectors, rows.table, head_segments),
-            touched_sites=_union(line.touched_sites for line in batch.lines),
+            touched_sites=_union(line.touched_sites for line in batch.lines.values()),
             scaled_input_sites=batch.scaled_input_sites,
+            touched_places=batch.touched_places,
+            lines=None if batch.is_plain else AdapterLines(rows, batch.segments, batch.lines),
+            head_lines=None if batch.is_plain else AdapterLines(rows, head_segments, batch.lines),
+            tokens=self._token_answers(inputs, batch),
+        )
+
+    def _token_answers(self, inputs: StepInputs, batch: BatchLines) -> TokenAnswers | None:
+        """Which of the step's tokens an adapter answers for. The host knows all tokens but those it has not read."""
+        tokens, offsets = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
+        for begin, end, slot in batch.segments.with_adapters():
+            if (own := batch.lines[slot].tokens) is not None:
+                found, found_offsets = own.find(inputs.known_tokens[begin:end])
+                tokens.append(begin + found)
+                offsets.append(found_offsets)
+        if not sum(map(len, tokens)):
+            return None
+        answered = np.concatenate(tokens)
+        is_virtual = inputs.known_tokens[answered] >= self._vocabulary_size
+        return TokenAnswers(
+            tokens=torch.from_numpy(answered).to(self._device),
+            offsets=torch.from_numpy(np.concatenate(offsets)).to(self._device),
+            is_virtual=torch.from_numpy(is_virtual).to(self._device),
         )
 
 
@@ -158,7 +193,7 @@ class BatchLines:
     """Which adapters a step's tokens use, and where these change anything."""
 
     segments: Segments
-    lines: list[LineSummary]  # of every adapter in the batch
+    lines: dict[int, LineSummary]  # of every adapter in the batch, by slot
 
     @property
     def has_adapters(self) -> bool:
@@ -166,7 +201,15 @@ class BatchLines:
 
     @property
     def scaled_input_sites(self) -> frozenset[int]:
-        return _union(line.scaled_input_sites for line in self.lines)
+        return _union(line.scaled_input_sites for line in self.lines.values())
+
+    @property
+    def touched_places(self) -> frozenset[int]:
+        return _union(line.touched_places for line in self.lines.values())
+
+    @property
+    def is_plain(self) -> bool:
+        return all(line.is_plain for line in self.lines.values())
 
 
 class StaticPlans:
@@ -204,10 +247,23 @@ def _scores(logits: Tensor, chunks: list[Chunk]) -> tuple[list[tuple[Sequence, S
     return scores, logits[last_rows]
 
 
-def _slot(chunk: Chunk) -> int:
-    slot = chunk.sequence.slot
-    assert slot is not None, "a planned sequence has a slot"
-    return slot
+def _last_slot(chunk: Chunk) -> int:
+    """Of its last token, so that most neighbours share one."""
+    return chunk.runs[-1][0]
+
+
+def _wanted_runs(chunk: Chunk) -> list[tuple[int, int]]:
+    """(slot, number of tokens) of those whose logits are wanted, in the order of `StepInputs.logit_rows`."""
+    sequence, begin, scored = chunk.sequence, chunk.sequence.num_computed, chunk.scored
+    runs = sequence.runs(begin + scored.start, begin + scored.stop) if scored else []
+    end = begin + chunk.num_tokens
+    return runs + sequence.runs(end - 1, end) if chunk.completes else runs
+
+
+def _first_token(chunk: Chunk) -> list[tuple[int, int]]:
+    """What stands for those whose logits are wanted where there are none."""
+    begin = chunk.sequence.num_computed
+    return chunk.sequence.runs(begin, begin + 1)
 
 
 def _union(sets: Iterable[frozenset[int]]) -> frozenset[int]:

@@ -6,34 +6,26 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from heddle_adapters.base_layout import KvLayout
 from heddle_server.config import ConfigError
 from heddle_server.engine.attention import AttentionProbe
-
-
-@dataclass(frozen=True)
-class KvShape:
-    """The keys and values of one token."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-    def page_bytes(self, page_tokens: int, dtype: torch.dtype) -> int:
-        return self.num_layers * 2 * page_tokens * self.num_kv_heads * self.head_dim * dtype.itemsize
+from heddle_server.engine.places import Places, SeenModules, find_places, layers_of, norms_of, unmistakable
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one forward of one token showed."""
+    """What one forward of a few tokens showed."""
 
-    kv_shape: KvShape
+    kv_layout: KvLayout
     shared_inputs: tuple[tuple[str, ...], ...]  # paths of neighbouring linears that were given the very same tensor
+    places: Places  # what adapters may change beside linears
 
 
 @torch.inference_mode()
@@ -44,11 +36,22 @@ def probe(model: PreTrainedModel) -> Probe:
     """
     attention = AttentionProbe()
     inputs: dict[str, Tensor] = {}  # of each linear; held, so that no two of them have one identity
+    seen = SeenModules()
+    num_tokens = unmistakable(model)
     with ExitStack() as stubs:
         for path, module in linears_of(model):
             stubs.enter_context(_answering_zeros(module, path, inputs))
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        model(input_ids=token, position_ids=token, use_cache=False, heddle_attention=attention)
+        for path, module in norms_of(model):
+            stubs.callback(module.register_forward_hook(_noting(path, seen.inputs, seen.outputs)).remove)
+        for path, layer in layers_of(model):
+            stubs.callback(layer.register_forward_hook(_noting(path, seen.inputs, seen.outputs)).remove)
+            for name, module in layer.named_children():
+                stubs.callback(
+                    module.register_forward_hook(_noting(f"{path}.{name}", seen.inputs, seen.outputs)).remove
+                )
+        tokens = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
+        positions = torch.arange(num_tokens, device=model.device)[None]
+        model(input_ids=tokens, position_ids=positions, use_cache=False, heddle_attention=attention)
     num_layers = model.config.get_text_config().num_hidden_layers
     if sorted(attention.shapes) != list(range(num_layers)) or len(set(attention.shapes.values())) != 1:
         raise ConfigError(
@@ -56,7 +59,8 @@ def probe(model: PreTrainedModel) -> Probe:
             f"attention interface, with key shapes {sorted(set(attention.shapes.values()))}; heddle serves models that "
             "send all of them, in one shape."
         )
-    return Probe(KvShape(num_layers, *attention.shapes[0]), tuple(_shared(model, inputs)))
+    kv_layout = KvLayout(num_layers, *attention.shapes[0])
+    return Probe(kv_layout, tuple(_shared(model, inputs)), find_places(model, seen, num_tokens))
 
 
 def linears_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -89,6 +93,17 @@ def _answering_zeros(module: nn.Module, path: str, inputs: dict[str, Tensor]) ->
         del module.forward
         if own is not None:
             module.forward = own
+
+
+def _noting(path: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Callable[..., None]:
+    def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if arguments and isinstance(arguments[0], Tensor):
+            inputs[path] = arguments[0]
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            outputs[path] = first
+
+    return note
 
 
 def _shared(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[tuple[str, ...]]:

@@ -36,6 +36,12 @@ class Chunk(NamedTuple):
     completes: bool  # whether all known tokens are computed after it, so that a new token can be sampled
 
     @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(slot, number of tokens), run by run; until it has been launched."""
+        begin = self.sequence.num_computed
+        return self.sequence.runs(begin, begin + self.num_tokens)
+
+    @property
     def scored(self) -> range:
         """Which of its tokens' logits score the prompt token after them; until it has been launched."""
         sequence = self.sequence
@@ -247,11 +253,12 @@ class Scheduler:
         if slot is None:
             return 0
         try:
+            sequence.bind(self._residency.placed(sequence.request.adapters))
             self._kv_cache.check_room(sequence, budget)
-        except OutOfSpace:
+        except Exception:
             self._residency.release(sequence.request.adapters, sequence.request.tenant)
             raise
-        sequence.slot = slot
+        sequence.slot = slot if sequence.changed else BASE_SLOT
         self._kv_cache.attach_prefix(sequence)
         num_tokens = _share(sequence, budget, plan)
         self._kv_cache.reserve(sequence, sequence.num_computed + num_tokens)

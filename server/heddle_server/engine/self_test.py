@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from heddle_adapters.base_layout import KvLayout
 from heddle_kernels.ops import Ops
 from heddle_kernels.paged_batch import PagedBatch
 from heddle_server.config import PAGE_TOKENS, ConfigError
 from heddle_server.engine.attention import ATTENTION_NAME, PagedAttention
-from heddle_server.engine.probe import KvShape
 
 NUM_TOKENS = 2 * PAGE_TOKENS + 5  # of each of the two sequences: two full pages and a beginning
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -25,7 +25,7 @@ MAX_STRAY_TOKENS = 2
 
 
 @torch.inference_mode()
-def self_test(model: PreTrainedModel, shape: KvShape, dtype: torch.dtype, ops: Ops) -> None:
+def self_test(model: PreTrainedModel, shape: KvLayout, dtype: torch.dtype, ops: Ops) -> None:
     """Raises ConfigError when this model's answers would be wrong, or depend on other requests."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ())
@@ -61,7 +61,7 @@ def _own_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def _paged_logits(
-    model: PreTrainedModel, shape: KvShape, dtype: torch.dtype, ops: Ops, neighbour: Tensor, tokens: Tensor
+    model: PreTrainedModel, shape: KvLayout, dtype: torch.dtype, ops: Ops, neighbour: Tensor, tokens: Tensor
 ) -> Tensor:
     """Of `tokens` behind `neighbour` in one flat batch: [NUM_TOKENS, vocabulary]."""
     num_pages = -(-NUM_TOKENS // PAGE_TOKENS)

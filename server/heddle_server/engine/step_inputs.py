@@ -24,7 +24,8 @@ ALIGNMENT_BYTES = 16  # of every array in the buffer that is copied
 class StepInputs:
     """One step's chunks side by side, in the order they were given."""
 
-    token_ids: Tensor  # [num_tokens] int64
+    token_ids: Tensor  # [num_tokens] int64, of the base's vocabulary
+    known_tokens: NDArray[np.int64]  # [num_tokens], the same with virtual ones, as the host knows them
     positions: Tensor  # [num_tokens] int64
     logit_rows: Tensor  # [num_logits] int64, the tokens whose logits are wanted
     unread_rows: Tensor  # [num_unread] int64, tokens that only the device knows: the previous step has sampled them
@@ -33,7 +34,12 @@ class StepInputs:
 
     @classmethod
     def of(
-        cls, chunks: Sequence[Chunk], page_tokens: int, device: torch.device, previous: Sequence[Chunk] = ()
+        cls,
+        chunks: Sequence[Chunk],
+        page_tokens: int,
+        vocabulary_size: int,
+        device: torch.device,
+        previous: Sequence[Chunk] = (),
     ) -> StepInputs:
         """The logits wanted are, chunk by chunk, those that score a prompt token and those of the last token where a
         chunk completes its sequence.
@@ -54,6 +60,7 @@ class StepInputs:
         positions = np.arange(bounds[-1]) + np.repeat(np.subtract(lengths, bounds[1:]), num_new_tokens)
         page = page_table[np.repeat(np.arange(len(chunks)), num_new_tokens), positions // page_tokens]
         write_slot = page.astype(np.int64) * page_tokens + positions % page_tokens
+        known_tokens = np.array(token_ids, np.int64)
         source_of = {id(chunk.sequence): source for source, chunk in enumerate(previous)}
         unread = [
             (row, source_of[id(chunk.sequence)])
@@ -66,7 +73,8 @@ class StepInputs:
             logit_rows += [end - 1] if chunk.completes else []
         tensors = to_device(
             {
-                "token_ids": np.array(token_ids, np.int64),
+                # An adapter answers for a virtual token, whatever the base's embedding is asked for in its place.
+                "token_ids": np.where(known_tokens < vocabulary_size, known_tokens, 0),
                 "positions": positions,
                 "logit_rows": np.array(logit_rows or [0], np.int64),  # the head is never asked for nothing
                 "unread_rows": np.array([row for row, _ in unread], np.int64),
@@ -88,12 +96,27 @@ class StepInputs:
         )
         return cls(
             tensors["token_ids"],
+            known_tokens,
             tensors["positions"],
             tensors["logit_rows"],
             tensors["unread_rows"],
             tensors["unread_sources"],
             paged,
         )
+
+
+def page_copies(chunks: Sequence[Chunk], page_tokens: int) -> list[tuple[int, int]]:
+    """(source, target) of the pages to be copied before these chunks are computed.
+
+    The page in which an adapter's own keys and values end goes on with those of each sequence: it is copied to a page
+    of the sequence's own before the first token after them is computed.
+    """
+    copies = list[tuple[int, int]]()
+    for sequence, _, _ in chunks:
+        number, num_left_over = divmod(sequence.num_prefix_tokens, page_tokens)
+        if num_left_over and sequence.num_computed == sequence.num_prefix_tokens:
+            copies.append((sequence.prefix_pages[number], sequence.pages[number]))
+    return copies
 
 
 def to_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,42 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heddle_adapters.base_layout import Site
-from heddle_kernels.ops import Ops
 from heddle_kernels.site_group import MAX_SITES, SiteGroup
+from heddle_server.engine.adapter_batch import AdapterLines, ForwardContext
 from heddle_server.engine.base_linear import BaseLinears
 from heddle_server.engine.joined_linear import join
 from heddle_server.engine.probe import features, linears_of
-
-
-@dataclass(frozen=True)
-class AdapterBatch:
-    """The adapters of one step. Filled by the model runner."""
-
-    plan: Any  # of all tokens, as `Ops.plan_rows` made it
-    head_plan: Any  # of the rows that reach the output head
-    touched_sites: frozenset[int] | None  # sites that any of these adapters changes; None: look at all
-    scaled_input_sites: frozenset[int]  # of those, where one scales the input
-
-    def touches(self, group: SiteGroup) -> bool:
-        return self.touched_sites is None or not self.touched_sites.isdisjoint(group.sites)
-
-
-class ForwardContext:
-    """The one thing that woven linears see of the step: whose tokens they are computing, and with what."""
-
-    def __init__(self, ops: Ops) -> None:
-        self.ops = ops
-        self.adapters: AdapterBatch | None = None  # None: a base-only batch, or no forward running
-
-    @contextmanager
-    def using(self, adapters: AdapterBatch | None) -> Iterator[None]:
-        """Hold the step's adapters during a forward. Forwards do not nest."""
-        assert self.adapters is None, "a forward is already running"
-        self.adapters = adapters
-        try:
-            yield
-        finally:
-            self.adapters = None
 
 
 class WovenGroup:
@@ -83,24 +50,30 @@ class WovenGroup:
             return untouched
         flat = x.reshape(-1, group.in_features)  # [num_tokens, in_features]
         plan = adapters.head_plan if self._is_head else adapters.plan
+        lines = adapters.head_lines if self._is_head else adapters.lines
         if adapters.scaled_input_sites.isdisjoint(group.sites):
-            y = self._with_rows(flat, plan)
+            y = self._with_rows(flat, plan, lines)
         else:
-            y = torch.cat([self._with_scaled_input(flat, plan, site) for site in group.sites], dim=1)
+            y = torch.cat([self._with_scaled_input(flat, plan, lines, site) for site in group.sites], dim=1)
+        if lines is not None:
+            lines.add_deltas(y, flat, group)
         return y.view(*x.shape[:-1], y.shape[1])
 
-    def _with_rows(self, x: Tensor, plan: Any) -> Tensor:
+    def _with_rows(self, x: Tensor, plan: Any, lines: AdapterLines | None) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, sum of out_features]"""
         ops: Any = self._context.ops
         h = ops.shrink(x, plan, self._group)
-        if self._sums_are_open and (sums := self.base.partial_sums(x)) is not None:
+        answers_head = self._is_head and lines is not None and lines.reach_head
+        if self._sums_are_open and not answers_head and (sums := self.base.partial_sums(x)) is not None:
             finished: Tensor = ops.expand_sums(sums, h, plan, self._group, self.base.bias, x.dtype)
             return finished
         y: Tensor = self.base(x)
+        if answers_head and lines is not None:
+            lines.answer_head(y, x, self.base.bias)
         ops.expand_add(y, h, plan, self._group, self.base.bias)
         return y
 
-    def _with_scaled_input(self, x: Tensor, plan: Any, site: int) -> Tensor:
+    def _with_scaled_input(self, x: Tensor, plan: Any, lines: AdapterLines | None, site: int) -> Tensor:
         """One site by itself, because its input is its own: [num_tokens, out_features]."""
         ops, group = self._context.ops, self._group.alone(site)
         number = site - self._group.first_site
@@ -109,6 +82,8 @@ class WovenGroup:
         h = ops.shrink(scaled, plan, group)
         y: Tensor = self.base(scaled)[:, columns].contiguous()
         base_bias = None if self.base.bias is None else self.base.bias[columns]
+        if self._is_head and lines is not None:
+            lines.answer_head(y, scaled, base_bias)
         ops.expand_add(y, h, plan, group, base_bias)
         return y
 

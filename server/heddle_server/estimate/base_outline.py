@@ -63,7 +63,7 @@ def outline(config: EngineConfig, device_type: str) -> BaseOutline:
         context_length=context_length,
         weights_bytes=quantized + unquantized,
         quantized_bytes=quantized,
-        page_bytes=probed.kv_shape.page_bytes(PAGE_TOKENS, dtype),
+        page_bytes=probed.kv_layout.page_bytes(PAGE_TOKENS, dtype.itemsize),
     )
 
 

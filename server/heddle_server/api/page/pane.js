@@ -1,5 +1,6 @@
 // One of the columns that are asked side by side: who answers, the conversation so far, and its tools.
 
+import { definitions, factsOf } from "./adapter_facts.js";
 import { BASE, getAdapter } from "./api.js";
 import { copy } from "./clipboard.js";
 import { LANGUAGES } from "./copy_as.js";
@@ -57,7 +58,7 @@ export class Pane {
     this.#views = [];
     this.#lastRequest = null;
     this.#part("inspector").textContent = NO_TOKENS;
-    this.#part("transcript").replaceChildren(element("p", { class: "empty" }, this.#introduction()));
+    this.#part("transcript").replaceChildren(element("div", { class: "empty" }, ...this.#introduction()));
   }
 
   /** Answers until `signal` says to stop; a conversation that is over stops its answer too. */
@@ -86,10 +87,11 @@ export class Pane {
   }
 
   #introduction() {
-    if (this.#card === null) return `${this.#page.baseName} as it is, without an adapter.`;
+    if (this.#card === null) return [element("p", {}, `${this.#page.baseName} as it is, without an adapter.`)];
     const { tier, description } = this.#card;
     const start = tier === "device" ? "" : ` It is on ${tier}: the first reply waits for the load.`;
-    return (description || `The base with the adapter ${this.name}.`) + start;
+    const words = (description || `The base with the adapter ${this.name}.`) + start;
+    return [element("p", {}, words), definitions(factsOf(this.#card))];
   }
 
   #request(question) {

@@ -1,19 +1,15 @@
 // What the server says of an adapter before it is uploaded: what it is and takes, or why it is refused.
 
+import { definitions, factsOf } from "./adapter_facts.js";
 import { element } from "./element.js";
-import { bytes, counted, percent } from "./numbers.js";
 
 export function reportOf(validation) {
   const { card, memory } = validation;
-  const share = `${percent(memory.pool_share)} of it`;
-  const rows = [
-    ["It is", card.rank ? `${card.method}, rank ${card.rank}` : card.method],
-    ["File", bytes(card.size_bytes)],
-    ["In the page pool", `${bytes(memory.bytes)}, ${counted(memory.pages, "page")}, ${share}`],
+  return definitions([
+    ...factsOf(card, memory.pool_share),
     ["Name", nameText(validation)],
     ["Content", card.digest],
-  ];
-  return definitions(rows.filter(([, value]) => value));
+  ]);
 }
 
 /** A refusal: which part it is about, the server's words, and the code to look up. */
@@ -34,10 +30,4 @@ function nameText({ card, name_exists: exists, is_new_version: isNew, is_stored:
   if (!exists) return `${card.name} is free.${same}`;
   if (!isNew) return `${card.name} has this very content as its newest version; nothing would change.`;
   return `a new version of ${card.name}; requests that name another version keep it.${same}`;
-}
-
-function definitions(rows) {
-  const list = element("dl", { class: "report" });
-  for (const [term, text] of rows) list.append(element("dt", {}, term), element("dd", {}, text));
-  return list;
 }

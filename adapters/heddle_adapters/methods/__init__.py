@@ -1,0 +1,1 @@
+"""The families of adapter methods, one file each, and what several of them share."""
