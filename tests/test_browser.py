@@ -77,7 +77,7 @@ def delete(client: httpx.Client, name: str) -> None:
 
 
 def test_base_and_adapters_answer_side_by_side(page: Playground) -> None:
-    assert [page.pane(number).get_attribute("aria-label") for number in range(3)] == ["base", "capitals", "french"]
+    assert [page.pane(number).get_attribute("aria-label") for number in range(3)] == ["base", "capitals", "cheerful"]
     page.pick(2, "pirate")
     assert page.ask(QUESTION) == [
         "The capital of France is Paris.",
