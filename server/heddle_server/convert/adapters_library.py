@@ -7,7 +7,7 @@ Bottlenecks keep their files under the names of an upload. LoRA and IA3 become P
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -86,7 +86,7 @@ def _lora(config: Mapping[str, Any], tensors: Tensors, choices: Choices) -> Conv
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": targets,
-        **_left_out(settings),
+        **_left_out(settings, by_module),
     }
     renamed = {
         f"{PEFT_PREFIX}{module}.{part}.weight": value
@@ -102,7 +102,7 @@ def _scaling_vectors(settings: Mapping[str, Any], by_module: Mapping[str, Tensor
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
         "feedforward_modules": [],
-        **_left_out(settings),
+        **_left_out(settings, by_module),
     }
     alpha = float(settings["alpha"])
     vectors = {f"{PEFT_PREFIX}{module}.ia3_l": alpha * parts["lora_B"] for module, parts in by_module.items()}
@@ -159,10 +159,11 @@ def _reft_parts(state: Tensors) -> dict[str, torch.Tensor]:
     return {P: projection, W: state["learned_source.weight"], B: state["learned_source.bias"]}
 
 
-def _left_out(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Says which layers have no tensors, so that a server does not miss them."""
-    layers = settings.get("leave_out")
-    return {"exclude_modules": [f"layers.{layer}" for layer in layers]} if layers else {}
+def _left_out(settings: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """Says which modules have no tensors, so that a server does not miss them."""
+    layers = settings.get("leave_out") or []
+    absent = {re.sub(r"\.\d+\.", f".{layer}.", module, count=1) for module in modules for layer in layers}
+    return {"exclude_modules": sorted(absent)} if absent else {}
 
 
 def _release(version: str) -> tuple[int, ...]:
