@@ -41,8 +41,8 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim"
 
 
 def config_of(folder: Path, **settings: Any) -> EngineConfig:
-    options = {"load_format": "dummy", "device": "cpu", "pool_bytes": POOL_BYTES, **settings}
-    return EngineConfig(model_path=str(folder), model_name="base", store_path=str(folder / "store"), **options)
+    options = {"load_format": "dummy", "device": "cpu", "pool_bytes": POOL_BYTES, "store_path": str(folder), **settings}
+    return EngineConfig(model_path=str(folder), model_name="base", **options)
 
 
 def served(config: EngineConfig) -> ModelCard:
@@ -94,12 +94,12 @@ def test_of_every_form_of_four_bit_weights(settings: dict[str, Any], tmp_path: P
     check_is_what_is_served(config_of(tmp_path, **{"dtype": "bfloat16", **settings}))
 
 
-def test_of_the_demo() -> None:
-    check_is_what_is_served(config_of(BASE_DIR, load_format="auto"))
+def test_of_the_demo(tmp_path: Path) -> None:
+    check_is_what_is_served(config_of(BASE_DIR, load_format="auto", store_path=str(tmp_path)))
 
 
-def test_the_servers_memory_line_says_the_same() -> None:
-    config = config_of(BASE_DIR, load_format="auto")
+def test_the_servers_memory_line_says_the_same(tmp_path: Path) -> None:
+    config = config_of(BASE_DIR, load_format="auto", store_path=str(tmp_path))
     line, said = memory_line(served(config)), estimate(config, ONE, None)
     assert f" {format_count(said.most_tokens)} tokens or {said.most_adapters} adapters r16 on all linears" in line
     assert f"base {format_size(said.base.weights_bytes)} ({format_size(said.base.quantized_bytes)} in nf4" in line

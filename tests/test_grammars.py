@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import jsonschema_rs
 import pytest
@@ -39,18 +40,29 @@ PERSON = {
 DIGITS = json.dumps({"grammars": [{"lark_grammar": "start: /[0-9]{3}-[0-9]{4}/"}]})
 
 
+MakeEngine = Callable[..., Engine]  # with settings beside the usual ones
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(BASE_DIR / "tokenizer.json"))
 
 
-def make_engine(**config: object) -> Engine:
-    options = {"model_path": str(BASE_DIR), "model_name": "demo", "store_path": "", "max_model_len": 256, **config}
-    return Engine(EngineConfig(device="cpu", **options))  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def make_engine(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
+    store_path = str(tmp_path_factory.mktemp("store"))
+
+    def make(**config: Any) -> Engine:
+        options = {"max_model_len": 256, **config}
+        return Engine(
+            EngineConfig(model_path=str(BASE_DIR), model_name="demo", store_path=store_path, device="cpu", **options)
+        )
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine(make_engine: MakeEngine) -> Iterator[Engine]:
     made = make_engine()
     yield made
     made.close()
@@ -67,7 +79,9 @@ def text_of(tokenizer: Tokenizer, answer: Answer) -> str:
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_each_answer_follows_its_own_grammar_and_free_ones_none(tokenizer: Tokenizer, overlap: str) -> None:
+def test_each_answer_follows_its_own_grammar_and_free_ones_none(
+    tokenizer: Tokenizer, overlap: str, make_engine: MakeEngine
+) -> None:
     engine = make_engine(overlap=overlap)
     grammars = [schema_grammar(PERSON), None, DIGITS] * 4
     answers = run(engine, [asking(tokenizer, grammar, seed) for seed, grammar in enumerate(grammars)])
@@ -96,7 +110,7 @@ def test_the_same_in_any_batch(tokenizer: Tokenizer, engine: Engine) -> None:
     assert together == alone
 
 
-def test_who_is_put_back_goes_on_where_it_was(tokenizer: Tokenizer) -> None:
+def test_who_is_put_back_goes_on_where_it_was(tokenizer: Tokenizer, make_engine: MakeEngine) -> None:
     page_bytes = make_engine().model.page_bytes
     engine = make_engine(pool_bytes=12 * page_bytes, max_model_len=128)
     answers = run(engine, [asking(tokenizer, schema_grammar(PERSON), seed) for seed in range(12)])
@@ -136,7 +150,7 @@ def test_a_request_that_is_gone_before_its_grammar_is_compiled_leaves_nothing(
     engine.check_integrity()
 
 
-def test_two_hundred_random_schemas_at_full_temperature(tokenizer: Tokenizer) -> None:
+def test_two_hundred_random_schemas_at_full_temperature(tokenizer: Tokenizer, make_engine: MakeEngine) -> None:
     engine = make_engine(max_model_len=1024)
     schemas = [random_schema(Random(seed)) for seed in range(200)]
     requests = [asking(tokenizer, schema_grammar(schema), seed, max_tokens=800) for seed, schema in enumerate(schemas)]
