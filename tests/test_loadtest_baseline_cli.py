@@ -82,7 +82,12 @@ def test_bad_settings_are_told_in_a_line(tmp_path: Path) -> None:
     assert "no transformers model lies there" in refusal("peft-mixed", str(tmp_path), *adapters)
     assert "holds no adapter" in refusal("peft-mixed", base, "--adapters", str(tmp_path))
     assert "no such folder" in refusal("peft-mixed", base, "--adapters", str(tmp_path / "absent"))
-    assert "PEFT holds one method in a model" in refusal("peft-grouped", base, *adapters), "the demo has IA3 as well"
+    two_methods = tmp_path / "two"
+    two_methods.mkdir()
+    for name in ("capitals", "json"):
+        (two_methods / name).symlink_to(ADAPTERS_DIR / name)
+    told = refusal("peft-grouped", base, "--adapters", str(two_methods))
+    assert "PEFT holds one method in a model" in told, "a LoRA and an IA3"
     assert "the base is called that" in refusal("peft-mixed", base, *adapters, "--model-name", "json")
     assert "--max-wait 'soon'" in refusal("peft-mixed", base, *adapters, "--max-wait", "soon")
     assert "--max-batch '0'" in refusal("peft-mixed", base, *adapters, "--max-batch", "0")

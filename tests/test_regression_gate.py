@@ -50,9 +50,9 @@ async def measure(folder: Path) -> list[Summary]:
 
 @asynccontextmanager
 async def both_servers(folder: Path) -> AsyncIterator[dict[str, str]]:
-    """Over the same adapters: the demo's, but the IA3, which PEFT cannot put into a batch with others."""
+    """Over the same adapters: the demo's LoRAs, since of others PEFT's mixed batches take none."""
     for name, method in ADAPTERS.items():
-        if method != "IA3":
+        if method.startswith(("LoRA", "rsLoRA")):
             shutil.copytree(ADAPTERS_DIR / name, folder / "adapters" / name)
     base = make_base(DEMO, folder)
     heddle = heddle_command(base, folder / "adapters", folder / "store")
