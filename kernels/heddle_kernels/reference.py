@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from heddle_kernels import torch_elementwise
 from heddle_kernels.paged_batch import PagedBatch
-from heddle_kernels.row_table import ABSENT, RowTable
+from heddle_kernels.row_table import RowTable, vector_at
 from heddle_kernels.segments import Segments
 from heddle_kernels.site_group import SiteGroup
 
@@ -58,7 +58,7 @@ class ReferenceOps:
         """
         products = list[Tensor]()
         for begin, end, slot in plan.segments.with_adapters():
-            heap = _heap(plan.table, slot, group)
+            heap = plan.table.heap_of(slot, group.sites)
             a = _gather(plan.rows, plan.table.a_offset[heap], group.in_features)  # [num_rows, in_features]
             dots = x[begin:end].float() @ a.T + plan.table.c[heap].to(x.device)
             products.append(_activate(dots, plan.table.activation[heap]) * plan.table.gain[heap].to(x.device))
@@ -77,7 +77,7 @@ class ReferenceOps:
             read = 0
             for site, column, width in zip(group.sites, group.column_start, group.out_features, strict=True):
                 columns = slice(column, column + width)
-                heap = _heap(table, slot, group.alone(site))
+                heap = table.heap_of(slot, group.alone(site).sites)
                 b = _gather(plan.rows, table.b_offset[heap], width)  # [num_rows, out_features]
                 b0 = None if base_bias is None else base_bias[columns]
                 total = self._with_vectors(y[begin:end, columns].float(), plan, slot, site, b0)
@@ -91,7 +91,7 @@ class ReferenceOps:
         """
         scaled = x
         for begin, end, slot in plan.segments.with_adapters():
-            if (scale := _vector(plan.vectors, plan.table.in_scale, slot, site, x.shape[1])) is not None:
+            if (scale := vector_at(plan.vectors, plan.table.in_scale, slot, site, x.shape[1])) is not None:
                 scaled = x.clone() if scaled is x else scaled
                 scaled[begin:end] = x[begin:end].float() * scale
         return scaled
@@ -134,9 +134,9 @@ class ReferenceOps:
     def _with_vectors(y: Tensor, plan: ReferencePlan, slot: int, site: int, b0: Tensor | None) -> Tensor:
         """One site's base output, float32 [tokens, out_features], with the adapter's scale and bias."""
         table = plan.table
-        if (scale := _vector(plan.vectors, table.out_scale, slot, site, y.shape[1])) is not None:
+        if (scale := vector_at(plan.vectors, table.out_scale, slot, site, y.shape[1])) is not None:
             y = scale * y if b0 is None else scale * (y - b0) + b0
-        if (bias := _vector(plan.vectors, table.bias, slot, site, y.shape[1])) is not None:
+        if (bias := vector_at(plan.vectors, table.bias, slot, site, y.shape[1])) is not None:
             y = y + bias
         return y
 
@@ -180,21 +180,10 @@ def sequence_attention(
     return attended.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
 
 
-def _heap(table: RowTable, slot: int, group: SiteGroup) -> slice:
-    """The heap entries of all rows that a slot has at the group's sites."""
-    first = int(table.first[slot, group.first_site])
-    return slice(first, first + int(table.count[slot, group.sites.start : group.sites.stop].sum()))
-
-
 def _gather(flat: Tensor, offsets: Tensor, width: int) -> Tensor:
     """Rows of `width` elements from `flat` -> float32 [num_rows, width]."""
     index = offsets.to(flat.device)[:, None] + torch.arange(width, device=flat.device)
     return flat[index].float()
-
-
-def _vector(vectors: Tensor, column: Tensor, slot: int, site: int, width: int) -> Tensor | None:
-    offset = int(column[slot, site])
-    return None if offset == ABSENT else vectors[offset : offset + width]
 
 
 def _activate(dots: Tensor, activation: Tensor) -> Tensor:

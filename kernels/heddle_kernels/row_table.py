@@ -97,8 +97,19 @@ class RowTable:
             column[slot] = ABSENT
         self.note_change(slot)
 
+    def heap_of(self, slot: int, sites: range) -> slice:
+        """The heap entries of all rows that a slot has at these consecutive sites."""
+        first = int(self.first[slot, sites.start])
+        return slice(first, first + int(self.count[slot, sites.start : sites.stop].sum()))
+
     def sites_of(self, slot: int) -> frozenset[int]:
         """The sites at which this slot changes anything."""
         line = (self.count[slot] > 0) | (self.in_scale[slot] >= 0)
         line |= (self.out_scale[slot] >= 0) | (self.bias[slot] >= 0)
         return frozenset(line.nonzero().flatten().tolist())
+
+
+def vector_at(vectors: Tensor, column: Tensor, slot: int, site: int, width: int) -> Tensor | None:
+    """A slot's vector [width] of one of the table's vector columns, out of the pool; None where it has none."""
+    offset = int(column[slot, site])
+    return None if offset == ABSENT else vectors[offset : offset + width]

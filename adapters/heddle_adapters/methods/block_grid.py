@@ -22,14 +22,13 @@ from heddle_adapters.adapter_config import AdapterConfig
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import Rows
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE, refuse_trained_biases
 from heddle_adapters.methods.factor_checks import (
     MAX_RANK,
-    MODULES_TO_SAVE,
     bounded_rank,
     bounded_scale,
     check_size,
     divided,
-    refuse_trained_biases,
     whole_number,
 )
 from heddle_adapters.methods.factor_source import FactoredMethod, FactorSource, row_sizes

@@ -25,7 +25,8 @@ from heddle_adapters.adapter_config import AdapterConfig
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import Floats, SiteUpdate
-from heddle_adapters.methods.dense_delta import REFUSED_FIELDS, DenseMethod, DenseSource, check_biases, refuse_shape
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE, refuse_trained_biases
+from heddle_adapters.methods.dense_delta import DenseMethod, DenseSource, refuse_shape
 from heddle_adapters.site_tensors import SiteTensors, by_site
 from heddle_adapters.source import BaseWeights, Tensors
 from heddle_adapters.tensor_file import TensorInfo
@@ -94,8 +95,8 @@ class BlockRotation(DenseMethod):
 
     @classmethod
     def from_config(cls, config: AdapterConfig) -> BlockRotation:
-        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=REFUSED_FIELDS)
-        check_biases(config)
+        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
+        refuse_trained_biases(config)
         if "oft_block_size" not in config.fields:
             config.refuse("oft_block_size", f"is missing: {REFUSED_PARTS['oft_r']}.")
         num_blocks, block_size = _one_of_two(config, "r", "oft_block_size")
@@ -175,8 +176,8 @@ class Butterfly(DenseMethod):
 
     @classmethod
     def from_config(cls, config: AdapterConfig) -> Butterfly:
-        config.check_fields(read=BUTTERFLY_READ_FIELDS, harmless=BUTTERFLY_HARMLESS_FIELDS, refused=REFUSED_FIELDS)
-        check_biases(config)
+        config.check_fields(read=BUTTERFLY_READ_FIELDS, harmless=BUTTERFLY_HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
+        refuse_trained_biases(config)
         num_blocks, block_size = _one_of_two(config, "boft_block_num", "boft_block_size", default_size=4)
         return cls(num_blocks, block_size, config.rank("boft_n_butterfly_factor", default=1))
 

@@ -19,7 +19,8 @@ from heddle_adapters.adapter_config import AdapterConfig
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import Rows
-from heddle_adapters.methods.factor_checks import MODULES_TO_SAVE, bounded_rank, check_size, refuse_trained_biases
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE, refuse_trained_biases
+from heddle_adapters.methods.factor_checks import bounded_rank, check_size
 from heddle_adapters.methods.factor_source import FactoredMethod, FactorSource, row_sizes
 from heddle_adapters.module_pattern import ModulePattern
 from heddle_adapters.site_tensors import SiteTensors, by_site

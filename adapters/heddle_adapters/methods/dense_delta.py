@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NoReturn
 
-from heddle_adapters.adapter_config import CONFIG_FILE, AdapterConfig
+from heddle_adapters.adapter_config import CONFIG_FILE
 from heddle_adapters.errors import InvalidAdapter
 from heddle_adapters.positions import Positions
 from heddle_adapters.source import Source
 from heddle_adapters.tensor_file import WEIGHTS_FILE, TensorInfo
-
-REFUSED_FIELDS = {"modules_to_save": "is set: whole modules of the base are not replaced; train without it."}
 
 
 class DenseMethod:
@@ -29,12 +27,6 @@ class DenseSource(Source):
     """A site whose update has a delta."""
 
     is_dense: bool = True
-
-
-def check_biases(config: AdapterConfig) -> None:
-    """Raises `InvalidAdapter` for a config that says that the base's biases were trained."""
-    if config.fields.get("bias") not in (None, "none"):
-        config.refuse("bias", "is not 'none', and trained biases of the base are not served; train with bias='none'.")
 
 
 def refuse_shape(part: str, tensor: TensorInfo, module: str, fields: str, promised: str) -> NoReturn:

@@ -15,8 +15,6 @@ from heddle_adapters.tensor_file import WEIGHTS_FILE, TensorInfo
 MAX_RANK = 8192
 MAX_ABSOLUTE_SCALE = 1e4
 
-MODULES_TO_SAVE = {"modules_to_save": "is set: whole modules of the base are not replaced; train without it."}
-
 
 def bounded_rank(config: AdapterConfig, field: str, default: int) -> int:
     """A whole number from 1 to `MAX_RANK`."""
@@ -45,11 +43,6 @@ def choice(config: AdapterConfig, field: str, default: str, choices: tuple[str, 
     if value not in choices:
         config.refuse(field, f"is {quoted(value)}; served are {', '.join(choices)}.")
     return value
-
-
-def refuse_trained_biases(config: AdapterConfig) -> None:
-    if config.fields.get("bias") not in (None, "none"):
-        config.refuse("bias", "is not 'none', and trained biases of the base are not served; train with bias='none'.")
 
 
 def bounded_scale(scale: float, module: str, fields: str) -> float:

@@ -23,7 +23,8 @@ from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import Rows
 from heddle_adapters.errors import AdapterIncompatible, InvalidAdapter
-from heddle_adapters.methods.factor_checks import MODULES_TO_SAVE, bounded_rank, bounded_scale, check_size
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE
+from heddle_adapters.methods.factor_checks import bounded_rank, bounded_scale, check_size
 from heddle_adapters.methods.factor_source import FactoredMethod, FactorSource, row_sizes, rows_of_delta
 from heddle_adapters.module_pattern import ModulePattern
 from heddle_adapters.site_tensors import SiteTensors, by_site

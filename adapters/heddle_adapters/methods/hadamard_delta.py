@@ -14,7 +14,8 @@ from heddle_adapters.adapter_config import AdapterConfig
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import SiteUpdate
-from heddle_adapters.methods.dense_delta import REFUSED_FIELDS, DenseMethod, DenseSource, refuse_shape
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE
+from heddle_adapters.methods.dense_delta import DenseMethod, DenseSource, refuse_shape
 from heddle_adapters.module_pattern import ModulePattern
 from heddle_adapters.site_tensors import SiteTensors, by_site
 from heddle_adapters.source import BaseWeights, Tensors
@@ -29,7 +30,7 @@ EMBEDDING = "HiRA on an embedding is not served; leave the embedding out of targ
 
 
 @dataclass(frozen=True, kw_only=True)
-class HadamardSource(DenseSource):
+class HadamardDeltaSource(DenseSource):
     """One site's A and B in the file."""
 
     a: str  # tensor names
@@ -52,20 +53,20 @@ class HadamardDelta(DenseMethod):
 
     @classmethod
     def from_config(cls, config: AdapterConfig) -> HadamardDelta:
-        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=REFUSED_FIELDS)
+        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
         return cls(config.rank("r", default=32), config.rank_pattern("rank_pattern"))
 
-    def sources(self, tensors: Mapping[str, TensorInfo], base: BaseLayout) -> tuple[HadamardSource, ...]:
+    def sources(self, tensors: Mapping[str, TensorInfo], base: BaseLayout) -> tuple[HadamardDeltaSource, ...]:
         return tuple(self._source(found) for found in by_site(tensors.values(), (A, B), base))
 
-    def _source(self, found: SiteTensors) -> HadamardSource:
+    def _source(self, found: SiteTensors) -> HadamardDeltaSource:
         site, a, b = found.site, found.require(A), found.require(B)
         # PEFT 0.21 obeys the pattern over 4-bit and 8-bit layers only.
         ranks = (int(self.rank_pattern.value_for(site.path, self.rank)), self.rank)
         rank = a.shape[0] if a.shape else 0
         if rank not in ranks:
             refuse_shape(A, a, site.path, "r or rank_pattern", f"gives that module rank {ranks[0]}")
-        return HadamardSource(
+        return HadamardDeltaSource(
             site=site.path,
             shapes={a.name: (rank, site.in_features), b.name: (site.out_features, rank)},
             num_row_values=site.out_features * site.in_features,

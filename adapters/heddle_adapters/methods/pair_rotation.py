@@ -20,7 +20,8 @@ from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import Floats, SiteUpdate
 from heddle_adapters.errors import quoted
-from heddle_adapters.methods.dense_delta import REFUSED_FIELDS, DenseMethod, DenseSource, refuse_shape
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE
+from heddle_adapters.methods.dense_delta import DenseMethod, DenseSource, refuse_shape
 from heddle_adapters.site_tensors import SiteTensors, by_site
 from heddle_adapters.source import BaseWeights, Tensors
 from heddle_adapters.tensor_file import TensorInfo
@@ -79,7 +80,7 @@ class PairRotation(DenseMethod):
 
     @classmethod
     def from_config(cls, config: AdapterConfig) -> PairRotation:
-        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=REFUSED_FIELDS)
+        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
         variant, group_size = config.text("variant") or "road_1", config.rank("group_size", default=64)
         if variant not in HALVES:
             config.refuse("variant", f"is {quoted(variant)}; it must be one of {', '.join(HALVES)}.")

@@ -20,6 +20,7 @@ from heddle_adapters.base_layout import BaseLayout, KvLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import PrefixKv
 from heddle_adapters.errors import AdapterIncompatible
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE
 from heddle_adapters.methods.virtual_tokens import PROMPT, check_promise, promised_length
 from heddle_adapters.positions import Positions
 from heddle_adapters.source import BaseWeights, Source, Tensors
@@ -31,7 +32,6 @@ READ_FIELDS = frozenset(
     {"num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim"}
 )
 HARMLESS_FIELDS = frozenset({"encoder_hidden_size", "init_weights", "num_frozen_tokens", "prefix_projection"})
-REFUSED_FIELDS = {"modules_to_save": "is set: whole modules of the base are not replaced; train without it."}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Prefix:
 
     @classmethod
     def from_config(cls, label: str, config: AdapterConfig) -> Prefix:
-        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=REFUSED_FIELDS)
+        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
 
         def size(field: str) -> int | None:
             return None if config.fields.get(field) is None else config.rank(field, default=1)

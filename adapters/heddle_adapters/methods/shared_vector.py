@@ -24,14 +24,8 @@ from heddle_adapters.base_layout import BaseLayout, Site
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import Floats, Rows
 from heddle_adapters.errors import AdapterIncompatible, InvalidAdapter
-from heddle_adapters.methods.factor_checks import (
-    MODULES_TO_SAVE,
-    bounded_rank,
-    check_indices,
-    check_size,
-    refuse_trained_biases,
-    whole_number,
-)
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE, refuse_trained_biases
+from heddle_adapters.methods.factor_checks import bounded_rank, check_indices, check_size, whole_number
 from heddle_adapters.methods.factor_source import FactoredMethod, FactorSource, row_sizes, shared_tensor
 from heddle_adapters.module_pattern import path_endings
 from heddle_adapters.site_tensors import SiteTensors, by_site

@@ -21,7 +21,8 @@ from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import Rows, SiteUpdate
 from heddle_adapters.errors import InvalidAdapter
-from heddle_adapters.methods.dense_delta import REFUSED_FIELDS, DenseMethod, DenseSource, refuse_shape
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE
+from heddle_adapters.methods.dense_delta import DenseMethod, DenseSource, refuse_shape
 from heddle_adapters.methods.low_rank import MAX_ABSOLUTE_SCALE
 from heddle_adapters.site_tensors import SiteTensors, by_site
 from heddle_adapters.source import BaseWeights, Tensors
@@ -78,7 +79,7 @@ class Shira(DenseMethod):
 
     @classmethod
     def from_config(cls, config: AdapterConfig) -> Shira:
-        config.check_fields(read=SHIRA_READ_FIELDS, harmless=SHIRA_HARMLESS_FIELDS, refused=REFUSED_FIELDS)
+        config.check_fields(read=SHIRA_READ_FIELDS, harmless=SHIRA_HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
         return cls(config.rank("r", default=32))
 
     def sources(self, tensors: Mapping[str, TensorInfo], base: BaseLayout) -> tuple[SparseSource, ...]:
@@ -111,7 +112,7 @@ class SuperTuning(DenseMethod):
 
     @classmethod
     def from_config(cls, config: AdapterConfig) -> SuperTuning:
-        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=REFUSED_FIELDS)
+        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
         if config.fields.get("save_precomputed_indices") is False:
             config.refuse(
                 "save_precomputed_indices",

@@ -22,7 +22,8 @@ from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import SiteUpdate
 from heddle_adapters.errors import InvalidAdapter
-from heddle_adapters.methods.dense_delta import REFUSED_FIELDS, DenseMethod, DenseSource, check_biases, refuse_shape
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE, refuse_trained_biases
+from heddle_adapters.methods.dense_delta import DenseMethod, DenseSource, refuse_shape
 from heddle_adapters.methods.torch_permutation import MAX_LENGTH, MAX_SEED, permutation_head
 from heddle_adapters.site_tensors import SiteTensors, by_site
 from heddle_adapters.source import BaseWeights, Tensors
@@ -65,8 +66,8 @@ class Fourier(DenseMethod):
 
     @classmethod
     def from_config(cls, config: AdapterConfig) -> Fourier:
-        config.check_fields(read=FOURIER_READ_FIELDS, harmless=FOURIER_HARMLESS_FIELDS, refused=REFUSED_FIELDS)
-        check_biases(config)
+        config.check_fields(read=FOURIER_READ_FIELDS, harmless=FOURIER_HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
+        refuse_trained_biases(config)
         count, pattern = config.rank("n_frequency", default=1000), config.rank_pattern("n_frequency_pattern")
         scaling = config.number("scaling", default=150)
         if abs(scaling) > MAX_ABSOLUTE_SCALING:
@@ -134,8 +135,8 @@ class Circulant(DenseMethod):
 
     @classmethod
     def from_config(cls, config: AdapterConfig) -> Circulant:
-        config.check_fields(read=C3A_READ_FIELDS, harmless=C3A_HARMLESS_FIELDS, refused=REFUSED_FIELDS)
-        check_biases(config)
+        config.check_fields(read=C3A_READ_FIELDS, harmless=C3A_HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
+        refuse_trained_biases(config)
         block_size, pattern = config.rank("block_size", default=256), config.rank_pattern("block_size_pattern")
         return cls(frozenset({block_size, *pattern.values.values()}))
 

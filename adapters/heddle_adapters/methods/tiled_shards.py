@@ -21,13 +21,8 @@ from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import Floats, Rows, SiteUpdate
 from heddle_adapters.errors import InvalidAdapter, quoted
-from heddle_adapters.methods.factor_checks import (
-    MODULES_TO_SAVE,
-    bounded_rank,
-    check_size,
-    divided,
-    refuse_trained_biases,
-)
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE, refuse_trained_biases
+from heddle_adapters.methods.factor_checks import bounded_rank, check_size, divided
 from heddle_adapters.methods.factor_source import FactorSource, row_sizes
 from heddle_adapters.positions import Positions
 from heddle_adapters.site_tensors import SiteTensors, by_site

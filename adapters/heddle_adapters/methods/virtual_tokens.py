@@ -23,6 +23,7 @@ from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import TokenRows
 from heddle_adapters.errors import AdapterIncompatible, InvalidAdapter
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE
 from heddle_adapters.positions import Positions
 from heddle_adapters.source import BaseWeights, Source, Tensors
 from heddle_adapters.tensor_file import WEIGHTS_FILE, TensorInfo
@@ -58,7 +59,6 @@ HARMLESS_FIELDS = frozenset(
         "tokenizer_name_or_path",
     }
 )
-REFUSED_FIELDS = {"modules_to_save": "is set: whole modules of the base are not replaced; train without it."}
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class VirtualTokens:
 
     @classmethod
     def from_config(cls, label: str, config: AdapterConfig) -> VirtualTokens:
-        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=REFUSED_FIELDS)
+        config.check_fields(read=READ_FIELDS, harmless=HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
         return cls(label, promised_length(config, MAX_VIRTUAL_TOKENS))
 
     @classmethod
     def of_one_task(cls, config: AdapterConfig) -> VirtualTokens:
-        config.check_fields(read=READ_FIELDS | TASK_FIELDS, harmless=HARMLESS_FIELDS, refused=REFUSED_FIELDS)
+        config.check_fields(read=READ_FIELDS | TASK_FIELDS, harmless=HARMLESS_FIELDS, refused=MODULES_TO_SAVE)
         num_tasks = config.rank("num_tasks", default=1)
         number = config.fields.get("heddle_task")
         if number is None and num_tasks == 1:

@@ -19,14 +19,8 @@ from heddle_adapters.adapter_config import AdapterConfig
 from heddle_adapters.base_layout import BaseLayout
 from heddle_adapters.bounded_json import Json
 from heddle_adapters.canonical import Floats, Rows
-from heddle_adapters.methods.factor_checks import (
-    MODULES_TO_SAVE,
-    bounded_rank,
-    bounded_scale,
-    check_size,
-    choice,
-    whole_number,
-)
+from heddle_adapters.methods.companion_refusals import MODULES_TO_SAVE
+from heddle_adapters.methods.factor_checks import bounded_rank, bounded_scale, check_size, choice, whole_number
 from heddle_adapters.methods.factor_source import FactoredMethod, FactorSource, row_sizes
 from heddle_adapters.site_tensors import SiteTensors, by_site
 from heddle_adapters.source import BaseWeights, Tensors

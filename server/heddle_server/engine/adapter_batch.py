@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heddle_adapters.device_rows import DeviceRows, LineSummary
 from heddle_kernels.ops import Ops
-from heddle_kernels.row_table import ABSENT, RowTable
+from heddle_kernels.row_table import vector_at
 from heddle_kernels.segments import Segments
 from heddle_kernels.site_group import SiteGroup
 
@@ -56,15 +56,14 @@ class AdapterLines:
         width = self.rows.width_of(site)
         table, vectors = self.rows.table, self.rows.vectors
         for begin, end, slot in self.changing(site):
-            scale, bias = (_vector(vectors, column, slot, site, width) for column in (table.out_scale, table.bias))
+            scale, bias = (vector_at(vectors, column, slot, site, width) for column in (table.out_scale, table.bias))
             yield begin, end, scale, bias
 
     def add_token_rows(self, y: Tensor, token_ids: Tensor, site: int) -> None:
         """Rows whose x is a token: y [num_tokens, hidden_size] += Σ gain · a[token] · b, in place."""
         table, rows = self.rows.table, self.rows.rows
         for begin, end, slot in self.changing(site):
-            if not (heap := _heap(table, slot, site)):
-                continue
+            heap = table.heap_of(slot, range(site, site + 1))
             a_offset, b_offset = (table_rows[heap].to(y.device) for table_rows in (table.a_offset, table.b_offset))
             h = rows[a_offset[None, :] + token_ids[begin:end, None]].float()  # [tokens, num_rows]
             h = h * table.gain[heap].to(y.device)
@@ -126,13 +125,3 @@ def gathered(rows: Tensor, offsets: Tensor, width: int) -> Tensor:
     """Rows of the pool -> [num_rows, width]."""
     found: Tensor = rows[offsets[:, None] + torch.arange(width, device=rows.device)]
     return found
-
-
-def _heap(table: RowTable, slot: int, site: int) -> slice | None:
-    first, count = int(table.first[slot, site]), int(table.count[slot, site])
-    return slice(first, first + count) if count else None
-
-
-def _vector(vectors: Tensor, column: Tensor, slot: int, site: int, width: int) -> Tensor | None:
-    offset = int(column[slot, site])
-    return None if offset == ABSENT else vectors[offset : offset + width]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -199,15 +200,15 @@ class BatchLines:
     def has_adapters(self) -> bool:
         return bool(self.lines)
 
-    @property
+    @cached_property
     def scaled_input_sites(self) -> frozenset[int]:
         return _union(line.scaled_input_sites for line in self.lines.values())
 
-    @property
+    @cached_property
     def touched_places(self) -> frozenset[int]:
         return _union(line.touched_places for line in self.lines.values())
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         return all(line.is_plain for line in self.lines.values())
 
